@@ -1,0 +1,421 @@
+"""What a model is made of: its blocks, the linears a method may replace, and what has to stay.
+
+Everything else in tersely works on *sites* and never asks which model it sees.  This file is where the families differ,
+and they differ in names rather than in kind: every one of them is a stack of blocks that map a hidden state to the next
+one, and in every block an attention part and a feed-forward part read their inputs through four doors:
+
+    block input ─ norm ─►(attention.in)─► q, k, v ─► softmax(q kᵀ) v ─►(attention.mix)─► o ─►
+                ─ norm ─►(mlp.in)─► gate, up ─► act(gate) · up ─►(mlp.middle)─► down ─►
+
+Sites behind one door read the very same tensor, so they share one statistic; a role alone tells the door.  A family is
+therefore one entry of `FAMILIES`: where its blocks are, and which path inside a block plays which role.  Paths are
+relative to `model.base_model`, so that one entry serves the bare model and every head put on top of it.
+
+Three things complicate the picture.  Some families store q, k and v (or gate and up) as one fused matrix; that is one
+site, and `fused_rows` tells its parts apart.  Mixtures of experts store all experts of a block in one tensor of three
+axes; these weights and their routers are no sites, and like every linear left alone they are listed in `Anatomy.kept`
+with the reason.  And a site may have been replaced before, say by the two factors of a low-rank product: whatever
+linears are found below its path are sites in turn, so that compression steps can be stacked.
+
+Replaying a model block by block relies on facts that hold for every family here and hence are no columns of the table:
+a block is called with the hidden state as first positional argument, it returns the next hidden state as a plain
+tensor, and it runs once per forward pass, in the order of the list it is stored in.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_CLASSES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_CLASSES
+from transformers.pytorch_utils import Conv1D
+
+from tersely.errors import AnatomyError, unknown
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family names the parts of its blocks.
+
+    A path of `linears` may be absent from a block only if it belongs to the feed-forward part and the block has experts
+    instead; any other gap means that the modelling code has moved, and is an error.
+    """
+
+    blocks: str
+    """Path of the list of blocks, relative to the base model."""
+    linears: Mapping[str, str]
+    """Role → path relative to the block, in order of execution."""
+    experts: Mapping[str, str] = field(default_factory=dict)
+    """Weights that mix experts: path relative to the block → the reason why they are kept."""
+    interleaved: bool = False
+    """Rows of a fused attention.qkv run head by head (q₀ k₀ v₀ q₁ k₁ v₁ …) instead of all q, all k, all v."""
+    needs_first_token: bool = False
+    """Trained with a BOS token in front of every text; without it the text is out of distribution."""
+
+
+_SELF_ATTENTION = {
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.o": "self_attn.o_proj",
+}
+_GATED_MLP = {"mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
+_EXPERTS = {
+    "mlp.gate.weight": "routing among experts",
+    "mlp.experts.gate_up_proj": "fused over all experts",
+    "mlp.experts.down_proj": "fused over all experts",
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("layers", _SELF_ATTENTION | _GATED_MLP),
+    "mistral": Family("layers", _SELF_ATTENTION | _GATED_MLP),
+    "qwen2": Family("layers", _SELF_ATTENTION | _GATED_MLP),
+    "qwen3": Family("layers", _SELF_ATTENTION | _GATED_MLP),
+    "gemma2": Family("layers", _SELF_ATTENTION | _GATED_MLP, needs_first_token=True),
+    "gemma3_text": Family("layers", _SELF_ATTENTION | _GATED_MLP, needs_first_token=True),
+    "gemma3": Family("language_model.layers", _SELF_ATTENTION | _GATED_MLP, needs_first_token=True),
+    "mixtral": Family("layers", _SELF_ATTENTION, _EXPERTS),
+    "qwen3_moe": Family("layers", _SELF_ATTENTION | _GATED_MLP, _EXPERTS),
+    "phi3": Family(
+        "layers",
+        {
+            "attention.qkv": "self_attn.qkv_proj",
+            "attention.o": "self_attn.o_proj",
+            "mlp.gate_up": "mlp.gate_up_proj",
+            "mlp.down": "mlp.down_proj",
+        },
+    ),
+    "opt": Family(
+        "decoder.layers",
+        _SELF_ATTENTION | {"attention.o": "self_attn.out_proj", "mlp.up": "fc1", "mlp.down": "fc2"},
+    ),
+    "gpt2": Family(
+        "h",
+        {"attention.qkv": "attn.c_attn", "attention.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+    ),
+    "gpt_neox": Family(
+        "layers",
+        {
+            "attention.qkv": "attention.query_key_value",
+            "attention.o": "attention.dense",
+            "mlp.up": "mlp.dense_h_to_4h",
+            "mlp.down": "mlp.dense_4h_to_h",
+        },
+        interleaved=True,
+    ),
+    "bert": Family(
+        "encoder.layer",
+        {
+            "attention.q": "attention.self.query",
+            "attention.k": "attention.self.key",
+            "attention.v": "attention.self.value",
+            "attention.o": "attention.output.dense",
+            "mlp.up": "intermediate.dense",
+            "mlp.down": "output.dense",
+        },
+    ),
+    "distilbert": Family(
+        "transformer.layer",
+        {
+            "attention.q": "attention.q_lin",
+            "attention.k": "attention.k_lin",
+            "attention.v": "attention.v_lin",
+            "attention.o": "attention.out_lin",
+            "mlp.up": "ffn.lin1",
+            "mlp.down": "ffn.lin2",
+        },
+    ),
+}
+
+# The door behind which a role stands.
+READS = {
+    "attention.q": "attention.in",
+    "attention.k": "attention.in",
+    "attention.v": "attention.in",
+    "attention.qkv": "attention.in",
+    "attention.o": "attention.mix",
+    "mlp.gate": "mlp.in",
+    "mlp.up": "mlp.in",
+    "mlp.gate_up": "mlp.in",
+    "mlp.down": "mlp.middle",
+}
+
+# What counts as a linear.  Conv1D is GPT-2's, stored transposed.
+LINEARS = (nn.Linear, Conv1D)
+
+# Fused role → the parts it holds, in the order of its rows.
+FUSED = {"attention.qkv": ("q", "k", "v"), "mlp.gate_up": ("gate", "up")}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear that a method may replace.
+
+    `name` is its path in the model and `block` an index into `Anatomy.blocks`.  `role` is ``attention.q|k|v|o|qkv`` or
+    ``mlp.gate|up|down|gate_up``; below a replaced site the name of the child follows, as in ``attention.q.down``.
+    `reads` is equal for all sites that read the very same tensor.  A `transposed` weight is stored (in, out).
+    """
+
+    name: str
+    role: str
+    block: int
+    reads: str
+    out_features: int
+    in_features: int
+    bias: bool
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A linear, or a weight that works like one, that is no site: left as it is, and said so.
+
+    `name` is the path of a linear, or of a parameter in a mixture of experts; `shape` is (out, in) of the former and
+    the stored shape of the latter.  `reason` reads well after a number: ``4 fused over all experts``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads of a block: how many ask, how many are asked (fewer where queries are grouped), channels each."""
+
+    query: int
+    key_value: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model; see `anatomy_of`."""
+
+    family: str
+    """The `model_type` of its configuration, a key of `FAMILIES`."""
+    blocks: tuple[str, ...]
+    """Paths of the blocks, in order of execution."""
+    sites: tuple[Site, ...]
+    """All sites, in order of execution."""
+    kept: tuple[Kept, ...]
+    """Every other linear of the model, and every weight of a mixture of experts."""
+    heads: Heads
+    tied: tuple[str, ...]
+    """Parameters that are another one under a second name, and hence stored once: ``("lm_head.weight",)``."""
+    needs_first_token: bool
+    """Texts have to begin with a BOS token."""
+
+    def inputs(self, block: int) -> tuple[tuple[str, tuple[Site, ...]], ...]:
+        """The inputs of a block, in order of execution: pairs of the key and the sites that read this tensor."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites:
+            if site.block == block:
+                groups.setdefault(site.reads, []).append(site)
+        return tuple((reads, tuple(sites)) for reads, sites in groups.items())
+
+    def select(self, target: Sequence[str]) -> tuple[Site, ...]:
+        """The sites a target names, each once, in order of execution.
+
+        A plain word names a role and all roles below it: ``mlp``, ``attention``, ``attention.v``, and ``all``.  A word
+        with ``*`` is a pattern over module paths: ``*.down``, ``model.layers.0.*``.
+
+        Raises AnatomyError for a word that names no site, with what there is and the nearest name.
+        """
+        chosen: set[Site] = set()
+        for word in target:
+            if "*" in word:
+                matching = {site for site in self.sites if fnmatchcase(site.name, word)}
+            else:
+                matching = {site for site in self.sites if word == "all" or f"{site.role}.".startswith(f"{word}.")}
+            if not matching:
+                raise AnatomyError(self._no_such_target(word))
+            chosen |= matching
+        return tuple(site for site in self.sites if site in chosen)
+
+    def coverage(self, selected: Sequence[Site]) -> str:
+        """One sentence: how many linears `selected` touches, how many are kept, and why."""
+        names = {site.name for site in selected}
+        reasons = [kept.reason for kept in self.kept]
+        reasons += ["not among the targets" for site in self.sites if site.name not in names]
+        total = len(self.sites) + len(self.kept)
+        touched = f"{total - len(reasons)} of {total} linears touched"
+        return f"{touched}, {len(reasons)} kept: {_tally(reasons)}" if reasons else touched
+
+    def _no_such_target(self, word: str) -> str:
+        for fused, parts in FUSED.items():
+            here = fused in FAMILIES[self.family].linears
+            if here and word in {f"{fused.partition('.')[0]}.{part}" for part in parts}:
+                return f"target {word!r}: {self.family} stores {', '.join(parts)} fused in one matrix; name {fused!r}"
+        if "*" in word:
+            # One line for each kind of path, not one for each block.
+            return unknown("target", word, {re.sub(r"\.\d+(?=\.)", ".*", site.name) for site in self.sites})
+        roles = {site.role for site in self.sites}
+        message = unknown("target", word, {"all", *roles, *(role.partition(".")[0] for role in roles)})
+        return f"{message}; never a target: {_tally(kept.reason for kept in self.kept)}" if self.kept else message
+
+
+def anatomy_of(model: PreTrainedModel) -> Anatomy:
+    """Name the parts of a model of a known family, whatever its head; tensors are not read, so the meta device will do.
+
+    Raises AnatomyError for an unknown family, and for a model that does not look as its family does.
+    """
+    name = model.config.model_type
+    if name not in FAMILIES:
+        raise AnatomyError(unknown("model family", name, FAMILIES))
+    family = FAMILIES[name]
+    blocks = _blocks(model, family)
+    parts = [part for index, block in enumerate(blocks) for part in _parts_of_block(model, family, block, index)]
+    sites = tuple(part for part in parts if isinstance(part, Site))
+    tied = _tied(model)
+    settings = model.config.get_text_config()
+    heads = settings.num_attention_heads
+    return Anatomy(
+        family=name,
+        blocks=blocks,
+        sites=sites,
+        kept=(*(part for part in parts if isinstance(part, Kept)), *_other_linears(model, blocks, sites, tied)),
+        heads=Heads(
+            query=heads,
+            key_value=getattr(settings, "num_key_value_heads", heads),
+            # Qwen3 and Gemma choose the width of a head freely; elsewhere the heads divide the hidden state.
+            width=getattr(settings, "head_dim", None) or settings.hidden_size // heads,
+        ),
+        tied=tied,
+        needs_first_token=family.needs_first_token,
+    )
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a checkpoint with this configuration is opened with.
+
+    That is ``architectures[0]``, looked up in transformers.  A configuration without architectures gets the causal
+    language model of its family, unless the family consists of encoders, whose head cannot be guessed.
+
+    Raises AnatomyError for a class that transformers does not have, and where there is nothing to follow.
+    """
+    if config.architectures:
+        name = config.architectures[0]
+    # BERT can be made causal, but it is no decoder for that: a family with a masked language model is one of encoders.
+    elif config.model_type in CAUSAL_CLASSES and config.model_type not in MASKED_CLASSES:
+        name = CAUSAL_CLASSES[config.model_type]
+    else:
+        raise AnatomyError(
+            f"the configuration of model family {config.model_type!r} names no architecture, and the family has no "
+            "usual one; write the class into `architectures` of config.json"
+        )
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise AnatomyError(
+            f"architecture {name!r} is no model class of transformers {transformers.__version__}; write one into "
+            "`architectures` of config.json (code that comes with a model folder is not run)"
+        )
+    return found
+
+
+def fused_rows(site: Site, anatomy: Anatomy) -> dict[str, Tensor]:
+    """The output channels of each part of a fused site: indices into the rows of its (out, in) weight, in the order in
+    which an unfused family would store them, head by head.
+
+    Keys are ``q``, ``k``, ``v`` for ``attention.qkv`` and ``gate``, ``up`` for ``mlp.gate_up``.
+    Raises AnatomyError for a site that is not fused.
+    """
+    if site.role not in FUSED:
+        raise AnatomyError(f"{site.name} ({site.role}) is not fused; only {' and '.join(FUSED)} have parts")
+    rows = torch.arange(site.out_features)
+    heads = anatomy.heads
+    if site.role == "mlp.gate_up":
+        pieces = rows.chunk(2)
+    elif FAMILIES[anatomy.family].interleaved:
+        pieces = tuple(piece.flatten() for piece in rows.view(heads.query, 3, heads.width).unbind(1))
+    else:
+        pieces = rows.split([count * heads.width for count in (heads.query, heads.key_value, heads.key_value)])
+    return dict(zip(FUSED[site.role], pieces, strict=True))
+
+
+def _blocks(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
+    """Paths of the blocks in the model; the base model is the model itself when it carries no head."""
+    base = model.base_model
+    path = family.blocks if base is model else f"{model.base_model_prefix}.{family.blocks}"
+    stack = dict(model.named_modules()).get(path)
+    if not isinstance(stack, nn.ModuleList):
+        raise AnatomyError(
+            f"{type(model).__name__} has no list of blocks at {path!r}, where {model.config.model_type} has it; "
+            "open the model with a class that contains its whole body"
+        )
+    return tuple(f"{path}.{index}" for index in range(len(stack)))
+
+
+def _parts_of_block(model: PreTrainedModel, family: Family, block: str, index: int) -> Iterator[Site | Kept]:
+    modules = dict(model.get_submodule(block).named_modules(remove_duplicate=False))
+    parameters = dict(model.get_submodule(block).named_parameters(remove_duplicate=False))
+    has_experts = not parameters.keys().isdisjoint(family.experts)
+    for role, path in family.linears.items():
+        if path in modules:
+            yield from _parts_below(modules[path], f"{block}.{path}", role, index, f"{block}:{READS[role]}")
+        elif not (has_experts and role.startswith("mlp.")):
+            raise AnatomyError(
+                f"{block} has no {path!r}, where {model.config.model_type} has its {role}; transformers "
+                f"{transformers.__version__} may have renamed it, or a step has replaced the module around it"
+            )
+    for path, reason in family.experts.items():
+        if path in parameters:
+            yield Kept(f"{block}.{path}", tuple(parameters[path].shape), reason)
+
+
+def _parts_below(module: nn.Module, name: str, role: str, block: int, reads: str) -> Iterator[Site | Kept]:
+    """The module at a declared path, if it is a linear; else the linears of what has taken its place.
+
+    Of the children of a replacement, `down` reads what the replaced linear read.  What the others read is not known
+    here (`up` reads the output of `down`), so that each of them has an input of its own.
+    """
+    if isinstance(module, LINEARS):
+        rows, columns = _shape(module)
+        yield Site(name, role, block, reads, rows, columns, module.bias is not None, isinstance(module, Conv1D))
+        return
+    # A child without weights (an activation, a dropout) is no part.
+    children = [(child, part) for child, part in module.named_children() if part.state_dict()]
+    if not children:
+        yield Kept(name, _shape(module), f"already {type(module).__name__}")
+    for child, part in children:
+        reads_below = reads if child == "down" else f"{reads}:{role}.{child}"
+        yield from _parts_below(part, f"{name}.{child}", f"{role}.{child}", block, reads_below)
+
+
+def _other_linears(
+    model: PreTrainedModel, blocks: tuple[str, ...], sites: tuple[Site, ...], tied: tuple[str, ...]
+) -> Iterator[Kept]:
+    """The linears of the whole model that are no sites: heads, poolers, projections, cross-attention, vision towers."""
+    head = model.get_output_embeddings()
+    names = {site.name for site in sites}
+    inside = tuple(f"{block}." for block in blocks)
+    for name, module in model.named_modules():
+        if isinstance(module, LINEARS) and name not in names:
+            if module is head:
+                reason = "output head tied to the embedding" if f"{name}.weight" in tied else "output head"
+            else:
+                reason = "inside a block without a known role" if name.startswith(inside) else "outside the blocks"
+            yield Kept(name, _shape(module), reason)
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """(out, in) of a linear or of a module that has taken its place; empty for one that does not say."""
+    sides = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
+    return tuple(getattr(module, side) for side in sides if hasattr(module, side))
+
+
+def _tied(model: PreTrainedModel) -> tuple[str, ...]:
+    """All names but the first of each parameter that has several.  By identity: on meta no storage has an address."""
+    first: dict[int, str] = {}
+    names = ((name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False))
+    return tuple(name for name, identity in names if first.setdefault(identity, name) != name)
+
+
+def _tally(reasons: Iterable[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in Counter(reasons).items())

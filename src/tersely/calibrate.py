@@ -1,0 +1,313 @@
+"""What inputs look like: replay of a model block by block, one block in memory at a time.
+
+Once per batch the model runs with every block's forward replaced by a stub that notes its arguments and returns its
+input; then the real blocks are called in turn, each with the arguments noted for it and the hidden state that the former
+returned.  The arguments of every block are noted, since hybrid models hand different masks and positions to different
+blocks.  Stubs need no weights, so the blocks stay on the meta device until their turn.
+
+`use_cache=False` is vital: with a cache a block that is replayed would attend to keys that an earlier replay left there.
+"""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersely.anatomy import Anatomy, Site
+from tersely.checkpoint import Source, State, fill
+from tersely.errors import NumericalError, RecipeError
+from tersely.journal import commit_tensors, read_tensors
+from tersely.kinds import Spec, build
+from tersely.recipe import Calibration
+from tersely.stats import STATISTICS, Statistic, Stats
+from tersely.text import SEPARATOR, Text, read_text, tokenise, window_length
+
+logger = logging.getLogger(__name__)
+
+TOKENS_AT_ONCE = 4096
+"""Tokens in a batch: enough to keep the processor busy, few enough for the widest intermediate of a block."""
+
+ENOUGH = 8
+"""Tokens per channel of the widest input below which a Gram matrix is a poor estimate, and a warning is given."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration windows and where they came from."""
+
+    tokens: Tensor  # [samples, length]
+    sources: tuple[str, ...]
+    sha256: str
+    available: int
+
+    def describe(self) -> dict[str, Any]:
+        """For reports."""
+        samples, length = self.tokens.shape
+        plain = {k: v for k, v in asdict(self).items() if k != "tokens"}
+        return plain | {"samples": samples, "length": length, "tokens": samples * length}
+
+    def shortage(self, width: int) -> str | None:
+        """The warning for too few tokens, or None."""
+        tokens = self.tokens.numel()
+        if tokens >= ENOUGH * width:
+            return None
+        return (
+            f"{tokens} calibration tokens for inputs of width {width}: {tokens / width:.1f} per channel, where "
+            f"{ENOUGH} or more are wanted; give more text or more samples"
+        )
+
+
+def read_windows(asked: Calibration, tokenizer: Any, config: Any, seed: int, first_token: int | None) -> Windows:
+    """Cut the calibration text into windows of token numbers.
+
+    `first_token`: number of the token that the model needs at the start of every text, or None; it takes the place of the
+    first token of each window.  Raises RecipeError for a text with less than one window.
+    """
+    length = window_length(config, asked.length)
+    texts = [read_text(source, "calibration") for source in asked.source]
+    text = Text(" ".join(asked.source), SEPARATOR.join(text.content for text in texts))
+    tokens = tokenise(text.content, tokenizer)
+    count = len(tokens) // length
+    if count == 0:
+        raise RecipeError(
+            f"calibration text {text.source} has {len(tokens)} tokens, a window takes {length}; give more text, or a "
+            "shorter --length"
+        )
+    windows = tokens[: count * length].view(count, length)
+    if asked.order == "random":
+        generator = torch.Generator().manual_seed(seed)
+        # sorted: neighbours in the text stay neighbours on disk and in batches; the sum over windows does not care
+        windows = windows[torch.randperm(count, generator=generator)[: asked.samples].sort().values]
+    else:
+        windows = windows[: asked.samples]
+    if first_token is not None:
+        windows = torch.cat([windows.new_full((len(windows), 1), first_token), windows[:, 1:]], dim=1)
+    return Windows(windows.contiguous(), tuple(asked.source), text.sha256, count)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block was called with, its hidden state aside."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+class Replay:
+    """A stream of hidden states that is moved through the blocks one by one.
+
+    Stands before block `at`.  Recorded inputs live on the host; only one block and one batch are on the device.
+    """
+
+    def __init__(self, source: Source, anatomy: Anatomy, windows: Tensor, device: str) -> None:
+        self.at = 0
+        self._device = device
+        self._anatomy = anatomy
+        self._hidden: list[Tensor] = []
+        self._calls: list[list[_Call]] = []
+        batch = max(1, TOKENS_AT_ONCE // windows.shape[1])
+        model = _without_blocks(source, anatomy, device)
+        for rows in windows.split(batch):
+            hidden, calls = _note(model, anatomy, rows.to(device))
+            self._hidden.append(hidden)
+            self._calls.append(_shared(calls, self._calls[-1]) if self._calls else calls)
+
+    @torch.no_grad()
+    def observe(self, block: nn.Module, inputs: Mapping[str, tuple[str, Stats]], *, advance: bool) -> None:
+        """Run `block`, the one at `at`, over the stream.
+
+        `inputs`: key → (path inside the block of a linear that reads this input, statistics to update).  With `advance`
+        the outputs become the stream before the next block.  Raises NumericalError where they are not finite.
+        """
+        with _watching(block, inputs):
+            for i, hidden in enumerate(self._hidden):
+                call = self._calls[i][self.at]
+                out = block(hidden.to(self._device), *call.arguments, **call.keywords)
+                if not torch.isfinite(out).all():
+                    raise NumericalError(
+                        f"{self._anatomy.blocks[self.at]}: the hidden state is not finite for calibration batch {i}; "
+                        "calibrate in bfloat16 or float32"
+                    )
+                if advance:
+                    self._hidden[i] = out.cpu()
+        if advance:
+            self.at += 1
+
+
+class Blocks:
+    """The blocks of a source, one at a time with their numbers."""
+
+    def __init__(self, source: Source, anatomy: Anatomy, device: str) -> None:
+        self._source = source
+        self._anatomy = anatomy
+        self._device = device
+        self._skeleton = source.skeleton()
+
+    def dense(self, index: int) -> nn.Module:
+        """A block as the source has it."""
+        return self.cut(index, {})
+
+    def cut(self, index: int, replaced: Mapping[str, tuple[Spec, State]]) -> nn.Module:
+        """A block with some modules replaced: full name → spec and numbers."""
+        prefix = f"{self._anatomy.blocks[index]}."
+        block = copy.deepcopy(self._skeleton.get_submodule(prefix[:-1]))
+        state = self._source.state(prefix)
+        for name, (spec, numbers) in replaced.items():
+            inside = name.removeprefix(prefix)
+            with torch.device("meta"):
+                block.set_submodule(inside, build(spec))
+            state = {n: t for n, t in state.items() if not n.startswith(f"{inside}.")}
+            state |= {f"{inside}.{part}": tensor for part, tensor in numbers.items()}
+        fill(block, state, self._device)
+        _buffers_to(block, self._device)
+        return block.eval()
+
+
+class StatisticsStore:
+    """Statistics of the dense model on disk, block by block, for every later method and size.
+
+    The key says what they were measured on; another model, text or dtype is another folder.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
+        self._folder = folder / digest[:16]
+
+    def has(self, block: int, needs: Iterable[type[Statistic]]) -> bool:
+        return all(self._file(block, kind).exists() for kind in needs)
+
+    def write(self, block: int, stats: Mapping[str, Stats]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        kinds = {kind for of_input in stats.values() for kind in of_input.kinds()}
+        for kind in kinds:
+            flat = {f"{key}|{part}": t for key, s in stats.items() for part, t in s[kind].state().items()}
+            commit_tensors(self._file(block, kind), flat)
+
+    def read(self, block: int, needs: Iterable[type[Statistic]], device: str) -> dict[str, Stats]:
+        found: dict[str, dict[type[Statistic], Statistic]] = {}
+        for kind in needs:
+            states: dict[str, State] = {}
+            for name, tensor in read_tensors(self._file(block, kind)).items():
+                key, _, part = name.rpartition("|")
+                states.setdefault(key, {})[part] = tensor.to(device)
+            for key, state in states.items():
+                found.setdefault(key, {})[kind] = kind.restore(state)
+        return {key: Stats(of_input) for key, of_input in found.items()}
+
+    def _file(self, block: int, kind: type[Statistic]) -> Path:
+        (name,) = [name for name, known in STATISTICS.items() if known is kind]
+        return self._folder / f"{block:04}.{name}.safetensors"
+
+
+def watch_list(
+    anatomy: Anatomy, block: int, wanted: Iterable[Site], needs: Iterable[type[Statistic]], device: str
+) -> dict[str, tuple[str, Stats]]:
+    """The inputs that the wanted sites of a block read, with empty statistics: the argument of `Replay.observe`."""
+    prefix = f"{anatomy.blocks[block]}."
+    chosen = {site.reads for site in wanted}
+    watched = {}
+    for key, sites in anatomy.inputs(block):
+        if key in chosen:
+            stats = Stats({kind: kind(sites[0].in_features, device) for kind in needs})
+            watched[key] = (sites[0].name.removeprefix(prefix), stats)
+    return watched
+
+
+@contextmanager
+def _watching(block: nn.Module, inputs: Mapping[str, tuple[str, Stats]]) -> Iterator[None]:
+    def watch(stats: Stats) -> Any:
+        return lambda module, arguments: stats.update(arguments[0].flatten(0, -2))
+
+    hooks = [block.get_submodule(path).register_forward_pre_hook(watch(stats)) for path, stats in inputs.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _without_blocks(source: Source, anatomy: Anatomy, device: str) -> nn.Module:
+    """The base model with numbers in everything that is outside the blocks; output heads are not needed."""
+    model = source.skeleton()
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    inside = tuple(f"{block}." for block in anatomy.blocks)
+    wanted = [name for name in source.stored if name.startswith(prefix) and not name.startswith(inside)]
+    state = {name.removeprefix(prefix): source.tensor(name).to(device) for name in wanted}
+    base.load_state_dict(state, strict=False, assign=True)  # what stays on meta are the blocks
+    _buffers_to(base, device)
+    return base
+
+
+def _buffers_to(module: nn.Module, device: str) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                setattr(part, name, buffer.to(device))
+
+
+@torch.no_grad()
+def _note(base: nn.Module, anatomy: Anatomy, rows: Tensor) -> tuple[Tensor, list[_Call]]:
+    """Hidden state before the first block, and the arguments of every block."""
+    calls: list[_Call] = []
+    first: list[Tensor] = []
+
+    def stub(hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if not calls:
+            first.append(hidden.cpu())
+        calls.append(_Call(arguments, keywords))
+        return hidden
+
+    stack = base.get_submodule(_common_path(anatomy, base))
+    for block in stack:
+        block.forward = stub
+    try:
+        base(rows, use_cache=False)
+    finally:
+        for block in stack:
+            del block.forward
+    return first[0], calls
+
+
+def _common_path(anatomy: Anatomy, base: nn.Module) -> str:
+    """Path of the list of blocks inside the base model."""
+    path = anatomy.blocks[0].rpartition(".")[0]
+    while path and not _has(base, path):
+        path = path.partition(".")[2]
+    return path
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _shared(calls: list[_Call], former: list[_Call]) -> list[_Call]:
+    """The same calls, with arguments that equal the former batch's replaced by those: masks and rotary tables are the
+    same for every batch of full windows, and would otherwise be kept once per batch."""
+    memo: dict[int, Any] = {}
+
+    def share(new: Any, old: Any) -> Any:
+        if isinstance(new, Tensor):
+            if id(new) not in memo:
+                same = isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old)
+                memo[id(new)] = old if same else new
+            return memo[id(new)]
+        if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+            return tuple(share(n, o) for n, o in zip(new, old, strict=True))
+        return new
+
+    return [
+        _Call(share(c.arguments, f.arguments), {k: share(v, f.keywords.get(k)) for k, v in c.keywords.items()})
+        for c, f in zip(calls, former, strict=True)
+    ]

@@ -1,0 +1,351 @@
+"""Model folders: read block by block, written shard by shard.
+
+A `Source` is a checked folder whose tensors are mapped into memory one by one; its skeleton has the right modules, our
+kinds included, on the meta device.  A checkpoint whose tensors bear other names than the modules they load into (old hub
+names, pickled files, experts stored one by one) is first rewritten once under the modules' names, so that everything
+after this line reads one way.
+"""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import ModelCard, snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.initialization import no_init_weights
+
+from tersely.anatomy import model_class
+from tersely.errors import CheckpointError, NumericalError, RecipeError
+from tersely.hf import METHOD, manifest_config, read_manifest
+from tersely.journal import commit, commit_tensors, commit_text
+from tersely.kinds import Spec, replace_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What belongs to one folder only and is not carried from a model to its compressed form.
+NOT_CARRIED = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.index.json",
+    "config.json", "README.md", "checksums.json", "recipe.toml", "plan.json", "report.json", "report.html", ".*",
+)  # fmt: skip
+LARGEST_CARRIED = 100 * 10**6
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a checkpoint: where it lies and what its header says."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Source:
+    """A model folder, opened for reading."""
+
+    def __init__(self, folder: Path, config: "PreTrainedConfig", stored: dict[str, Stored], dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.config = config
+        self.stored = stored
+        """Name in the model's state dict → where the tensor lies."""
+        self.dtype = dtype
+        """Of the model that is read: the asked one, or the checkpoint's own."""
+        self.carried_from = folder
+        """Where tokenizer, licence and the like are: another folder if the weights had to be rewritten."""
+
+    @property
+    def manifest(self) -> dict[str, Spec]:
+        plain = getattr(self.config, "quantization_config", None)
+        return {} if plain is None else read_manifest(plain)
+
+    def skeleton(self) -> "PreTrainedModel":
+        """The model with parameters on the meta device; buffers that are computed, not stored, are real."""
+        return _skeleton(self.config, self.manifest)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its name in the model, floating ones in `dtype`."""
+        stored = self.stored[name]
+        with safe_open(stored.file, framework="pt") as file:
+            tensor = file.get_tensor(stored.name)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def state(self, prefix: str) -> State:
+        """The tensors of a module, by their names inside it."""
+        return {name.removeprefix(prefix): self.tensor(name) for name in self.stored if name.startswith(prefix)}
+
+    def elements(self, name: str) -> int:
+        """Numbers in a tensor."""
+        return int(torch.Size(self.stored[name].shape).numel())
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor as the model holds it."""
+        return self.elements(name) * _cast(self.stored[name].dtype, self.dtype).itemsize
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors as the model holds them."""
+        return sum(self.stored_bytes(name) for name in self.stored)
+
+    def licence(self) -> str | None:
+        """What the model's own card says of its licence, as the hub writes it."""
+        card = self.carried_from / "README.md"
+        if not card.is_file():
+            return None
+        try:
+            return ModelCard.load(card).data.license
+        except ValueError:  # a card without readable front matter
+            return None
+
+    def check_finite(self) -> None:
+        """Read everything once.  Raises NumericalError that names the tensors with NaN or infinite entries."""
+        bad = [name for name in self.stored if not torch.isfinite(self.tensor(name)).all()]
+        if bad:
+            shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            raise NumericalError(f"{self.folder}: NaN or infinite weights in {shown}; repair the checkpoint first")
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The folder of a model: a local one, or the hub's, downloaded.  Raises CheckpointError if there is neither."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise RecipeError(f"--revision {revision} was given with the local folder {model}; it applies to hub names")
+        return folder
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CheckpointError(f"{model}: no such folder; give a folder with config.json, or a hub name such as owner/name")
+    ignored = ["*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot", "original/*", "onnx/*", "openvino/*"]
+    try:
+        return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{model}: neither a folder nor a model that the hub would give ({reason})") from error
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedConfig":
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: no config.json; wanted a Hugging Face model folder")
+    try:
+        plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: not JSON ({error})") from error
+    if "auto_map" in plain and not trust_remote_code:
+        raise CheckpointError(
+            f"{folder}: the checkpoint brings its own Python code ({', '.join(plain['auto_map'].values())}), which is not "
+            "run unless you allow it with --trust-remote-code"
+        )
+    foreign = plain.get("quantization_config", {}).get("quant_method", METHOD)
+    if foreign != METHOD:
+        raise CheckpointError(f"{folder} is already quantized by {foreign}; start from the model's original weights")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {str(error).strip().partition(chr(10))[0]}") from error
+
+
+def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Open a folder after checking its headers: all files complete, every parameter present with the right shape.
+
+    Raises CheckpointError for what is missing, truncated or misshapen, AnatomyError for a class that does not exist, and
+    `ForeignNamesError` where the tensors' names are not those of the modules (see `rewrite_names`).
+    """
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    headers = read_headers(folder)
+    if not headers:
+        raise ForeignNamesError(f"{folder} has no safetensors")
+    manifest = read_manifest(config.quantization_config) if getattr(config, "quantization_config", None) else {}
+    skeleton = _skeleton(config, manifest)
+    tied = set(getattr(skeleton, "all_tied_weights_keys", {}))
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    prefix = f"{skeleton.base_model_prefix}."
+    stored, missing = {}, []
+    for name, shape in expected.items():
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        found = next((headers[c] for c in candidates if c in headers), None)
+        if found is None:
+            if name not in tied:
+                missing.append(name)
+        elif found.shape != shape:
+            raise CheckpointError(f"{found.file}: {found.name} has shape {found.shape}, the configuration wants {shape}")
+        elif name not in tied:
+            stored[name] = found
+    if missing:
+        raise ForeignNamesError(f"{folder}: {len(missing)} parameters are not stored under their names ({missing[0]}, …)")
+    return Source(folder, config, stored, _dtype_of(config, stored, dtype))
+
+
+class ForeignNamesError(CheckpointError):
+    """The weights are not stored under the names of the modules they load into."""
+
+
+def rewrite_names(folder: Path, destination: Path, *, trust_remote_code: bool = False) -> None:
+    """Load a checkpoint the way transformers does and store it under the modules' own names, one file a block or so.
+
+    This holds the whole model in memory, once.
+    """
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    cls = model_class(config)
+    try:
+        model, report = cls.from_pretrained(folder, config=config, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it ({str(error).strip().partition(chr(10))[0]})") from error
+    if report["missing_keys"]:
+        shown = ", ".join(sorted(report["missing_keys"])[:5])
+        raise CheckpointError(f"{folder}: weights are missing for {shown}; the checkpoint is not complete")
+    destination.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict()
+    write_shards(destination, {name: state[name] for name in _untied(model)}, lambda name: state[name], 2 * 10**9)
+    model.config.save_pretrained(destination)
+
+
+def read_headers(folder: Path) -> dict[str, Stored]:
+    """Name → header of every tensor in the folder's safetensors.  Raises CheckpointError for damaged files."""
+    index = folder / INDEX
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [file for file in files if not (folder / file).is_file()]
+        if absent:
+            raise CheckpointError(f"{folder}: the index names {', '.join(absent)}, which is not there; fetch it again")
+    else:
+        files = sorted(path.name for path in folder.glob("*.safetensors") if path.name != "adapter_model.safetensors")
+    headers: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safe_open(folder / file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (no mapping)
+                    piece = opened.get_slice(name)
+                    headers[name] = Stored(folder / file, name, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+        except (SafetensorError, KeyError) as error:
+            raise CheckpointError(f"{folder / file}: truncated or damaged ({error}); fetch or write it again") from error
+    return headers
+
+
+def read_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise CheckpointError(f"{folder}: no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); add the model's own")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a dozen kinds, by tokenizer class
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], device: str) -> None:
+    """Give a module on the meta device its numbers."""
+    module.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, strict=True, assign=True)
+
+
+def write_shards(
+    folder: Path, like: Mapping[str, Tensor], tensor: Callable[[str], Tensor], shard_bytes: int
+) -> None:
+    """Write named tensors as transformers would: one file, or shards and an index; only one shard is held at a time.
+
+    `like` gives names in order with the shape and dtype of each (meta tensors will do), `tensor` the numbers.
+    """
+    split = split_torch_state_dict_into_shards(
+        dict(like), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    for file, names in split.filename_to_tensors.items():
+        if not (folder / file).exists():  # a renamed shard is complete: a resumed run keeps it
+            commit_tensors(folder / file, {name: tensor(name) for name in names})
+    if split.is_sharded:
+        content = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        commit_text(folder / INDEX, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_model(
+    folder: Path, source: Source, replaced: Mapping[str, tuple[Spec, State]], shard_bytes: int
+) -> dict[str, Spec]:
+    """Write the source with some modules replaced (name → spec and numbers); returns the manifest of the result.
+
+    The config comes last: a folder with a config is a complete one.
+    """
+    manifest = {**_outside(source.manifest, replaced), **{name: spec for name, (spec, _) in replaced.items()}}
+    skeleton = _skeleton(source.config, manifest)
+    parts = {f"{name}.{part}": tensor for name, (_, state) in replaced.items() for part, tensor in state.items()}
+    like = {name: parts[name] if name in parts else _like(source, name) for name in _untied(skeleton)}
+    write_shards(folder, like, lambda name: parts[name] if name in parts else source.tensor(name), shard_bytes)
+    carry(source.carried_from, folder)
+    config = skeleton.config
+    config.dtype = str(source.dtype).removeprefix("torch.")
+    config.architectures = [type(skeleton).__name__]
+    if manifest:
+        config.quantization_config = manifest_config(manifest)
+    commit(folder / "config.json", lambda temporary: config.to_json_file(temporary, use_diff=True))
+    return manifest
+
+
+def carry(source: Path, destination: Path) -> None:
+    """Copy what a model is used with: tokenizer, generation settings, templates, licence."""
+    for path in carried_files(source):
+        commit(destination / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary) and None)
+
+
+def carried_files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        carried = path.is_file() and not any(fnmatch(path.name, pattern) for pattern in NOT_CARRIED)
+        if carried and path.stat().st_size <= LARGEST_CARRIED:
+            yield path
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+def _skeleton(config: "PreTrainedConfig", manifest: Mapping[str, Spec]) -> "PreTrainedModel":
+    config = copy.deepcopy(config)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = model_class(config)(config)
+    model.tie_weights()
+    # kinds are built on the meta device whole: their buffers are stored, not computed
+    with torch.device("meta"):
+        replace_modules(model, manifest)
+    return model.eval()
+
+
+def _untied(model: "PreTrainedModel") -> list[str]:
+    """Names of the state dict in order, each tied parameter once."""
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    return [name for name in model.state_dict() if name not in tied]
+
+
+def _like(source: Source, name: str) -> Tensor:
+    stored = source.stored[name]
+    return torch.empty(stored.shape, dtype=_cast(stored.dtype, source.dtype), device="meta")
+
+
+def _cast(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    return wanted if stored.is_floating_point else stored
+
+
+def _outside(manifest: dict[str, Spec], replaced: Mapping[str, Any]) -> dict[str, Spec]:
+    """The entries of a manifest that do not lie inside a replaced module."""
+    return {n: s for n, s in manifest.items() if not any(n == r or n.startswith(f"{r}.") for r in replaced)}
+
+
+def _dtype_of(config: "PreTrainedConfig", stored: Mapping[str, Stored], asked: str | None) -> torch.dtype:
+    if asked is not None:
+        return getattr(torch, asked)
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    return next((s.dtype for s in stored.values() if s.dtype.is_floating_point), torch.float32)

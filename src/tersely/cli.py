@@ -1,0 +1,394 @@
+"""The command line.  Nothing heavy is imported before a command runs, so that ``--help`` answers at once."""
+
+import json
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer._click.exceptions import ClickException
+
+from tersely.errors import NumericalError, RecipeError, TerselyError
+
+if TYPE_CHECKING:
+    from tersely.recipe import Recipe
+
+LOOK, MAKE, PROVE, SHIP = "Look", "Make", "Prove", "Ship"
+
+# Options that take several values, and how many positional arguments their commands have.
+SEVERAL = {"--text", "--calibrate", "--evaluate", "--set", "--target"}
+POSITIONALS = {"compress": 2, "eval": 1, "plan": 1}
+
+app = typer.Typer(
+    help="Makes language models smaller and proves that they still work.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console(soft_wrap=True, highlight=False)
+debugging = False
+
+
+class Interrupted(TerselyError):
+    """Work had begun when it failed; what is done so far is kept."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: 0 done, 2 wrong input with nothing written, 1 failed midway.  No traceback without --debug."""
+    given = spread(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        sys.exit(typer.main.get_command(app).main(given, "tersely", standalone_mode=False) or 0)
+    except ClickException as error:  # a wrong flag or value: the library's own words, and its status 2
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; give the same command again to go on", 1)
+    except (Interrupted, NumericalError) as error:
+        _fail(str(error), 1)
+    except TerselyError as error:
+        _fail(str(error), 2)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error} (unexpected; run `tersely --debug …` for the traceback)", 1)
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """``--text a b`` as ``--text a --text b``, once the command has its positional arguments."""
+    result: list[str] = []
+    option, positionals, command = None, 0, None
+    for i, argument in enumerate(arguments):
+        before = arguments[i - 1] if i else ""
+        if argument.startswith("-") and argument != "-":
+            option = argument if argument in SEVERAL else None
+        elif command is None and argument in POSITIONALS:
+            command = argument
+        elif option is not None and before != option and positionals >= POSITIONALS.get(command or "", 99):
+            result.append(option)
+        elif option is None and not before.startswith("--"):
+            positionals += 1
+        elif option is not None and before != option:
+            option, positionals = None, positionals + 1
+        result.append(argument)
+    return result
+
+
+@app.callback()
+def settings(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
+    global debugging
+    debugging = debug
+
+
+Model = Annotated[str, typer.Argument(help="A model folder or a hub name.", show_default=False)]
+Method = Annotated[str | None, typer.Option(help="Name of a method, as `tersely list` shows them.")]
+Keep = Annotated[float | None, typer.Option(help="Bytes of the touched weights, as a fraction of before.")]
+Bits = Annotated[float | None, typer.Option(help="Bits per touched weight, metadata included.")]
+Size = Annotated[str | None, typer.Option(help="Bytes of the whole output folder, such as 300MB.")]
+Calibrate = Annotated[
+    list[str] | None, typer.Option(help="Calibration texts: files, .jsonl, datasets names, or stdlib.", metavar="TEXT…")
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option(help="Tokens in a window.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="An option of the method or the step.", metavar="KEY=VALUE…")
+]
+Target = Annotated[list[str] | None, typer.Option(help="Roles or module-name patterns.", metavar="TARGET…")]
+Device = Annotated[str | None, typer.Option(help="Where blocks are computed: cpu, cuda, …")]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the checkpoint's own.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the processor.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
+Trust = Annotated[bool, typer.Option(help="Accept checkpoints that bring their own code.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="A TOML recipe of several steps.")]
+Order = Annotated[str | None, typer.Option(help="Calibration windows: random, or the first of the text.")]
+
+
+@app.command("list", rich_help_panel=LOOK)
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Every method, allocator and kind: name, paper, what it needs, options."""
+    from tersely.catalogue import catalogue, catalogue_table
+
+    if as_json:
+        sys.stdout.write(json.dumps(catalogue(), indent=1) + "\n")
+    else:
+        console.print(catalogue_table())
+
+
+@app.command(rich_help_panel=LOOK)
+def plan(
+    model: Model,
+    method: Method = "svd_llm",
+    keep: Keep = None,
+    bits: Bits = None,
+    size: Size = None,
+    target: Target = None,
+    calibrate: Calibrate = None,
+    samples: Samples = None,
+    length: Length = None,
+    settings: Settings = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """From headers only: sizes, which weights would be touched, memory, disk, time.  Runs nothing."""
+    from tersely.estimate import estimate, estimate_table
+
+    _threads(threads)
+    if keep is None and bits is None and size is None:
+        keep = 0.8
+    recipe = _recipe(
+        model, None, method, keep, bits, size, target, calibrate, samples, length, None, None, settings, None, device,
+        dtype, revision, trust_remote_code,
+    )  # fmt: skip
+    console.print(estimate_table(estimate(recipe)))
+
+
+@app.command(rich_help_panel=MAKE)
+def demo(
+    out: Annotated[Path, typer.Argument(help="Where results go.")] = Path("demo-out"),
+    threads: Threads = None,
+) -> None:
+    """The whole flow on the bundled model: calibrate, three methods at two sizes, table, report."""
+    from tersely.demo import run_demo
+    from tersely.progress import Reporter
+
+    _threads(threads)
+    with _working(), Reporter() as progress:
+        table, page = run_demo(out, progress)
+    console.print(table)
+    console.print(f"report: {page}")
+
+
+@app.command(rich_help_panel=MAKE)
+def compress(
+    model: Annotated[str | None, typer.Argument(help="A model folder or a hub name.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Argument(help="The folder to make.", show_default=False)] = None,
+    recipe: RecipeFile = None,
+    method: Method = None,
+    keep: Keep = None,
+    bits: Bits = None,
+    size: Size = None,
+    target: Target = None,
+    calibrate: Calibrate = None,
+    samples: Samples = None,
+    length: Length = None,
+    order: Order = None,
+    seed: Seed = None,
+    settings: Settings = None,
+    evaluate: Annotated[
+        list[str] | None, typer.Option(help="Measure the result on these texts.", metavar="TEXT…")
+    ] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Keep statistics here, for later runs to reuse.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an unfinished run in OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+) -> None:
+    """Compress MODEL into OUT with one method, or with the steps of a recipe."""
+    _threads(threads)
+    if model is None or out is None:
+        raise RecipeError("give MODEL and OUT: tersely compress MODEL OUT --method …")
+    asked = _recipe(
+        model, recipe, method, keep, bits, size, target, calibrate, samples, length, order, seed, settings, evaluate,
+        device, dtype, revision, trust_remote_code,
+    )  # fmt: skip
+    from tersely.pipeline import run
+    from tersely.prepare import prepare
+    from tersely.progress import Reporter
+    from tersely.report.console import outcome_table
+
+    if dry_run:
+        from tersely.estimate import estimate, estimate_table
+
+        console.print(estimate_table(estimate(asked, out)))
+        return
+    ready = prepare(asked, out, fresh=fresh)
+    for warning in ready.warnings:
+        _say(f"warning: {warning}")
+    with _working(), Reporter() as progress:
+        result = run(ready, statistics=statistics, progress=progress)
+    console.print(outcome_table(result.report))
+    console.print(f"written: {result.out}")
+
+
+@app.command("eval", rich_help_panel=PROVE)
+def eval_(
+    model: Model,
+    text: Annotated[list[str] | None, typer.Option(help="Texts to measure on.", metavar="TEXT…")] = None,
+    length: Length = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: their length.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows of each text.")] = None,
+    against: Annotated[str | None, typer.Option(help="The dense model, for KL and agreement.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second, too.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.", metavar="FILE")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Perplexity with its protocol, KL and top-1 agreement to the dense model, tokens per second, memory."""
+    from tersely.journal import commit_text
+    from tersely.pipeline import evaluate
+    from tersely.progress import Reporter
+    from tersely.report.console import evaluation_table
+
+    _threads(threads)
+    with Reporter() as progress:
+        figures = evaluate(
+            model,
+            text or ([] if speed else ["stdlib"]),
+            against=against,
+            length=length,
+            stride=stride,
+            windows=windows,
+            speed=speed,
+            dtype=dtype or "auto",
+            device=device or "cpu",
+            progress=progress,
+        )
+    if json_file is not None:
+        commit_text(json_file, json.dumps(figures, indent=1) + "\n")
+    console.print(evaluation_table(figures))
+
+
+@app.command(rich_help_panel=PROVE)
+def verify(out: Annotated[Path, typer.Argument(help="A folder that tersely wrote.")]) -> None:
+    """Checksums, manifest, finite weights, reopening."""
+    from tersely.verify import verify as checks
+
+    passed = True
+    for check in checks(out):
+        console.print(f"{'ok' if check.passed else 'FAILED':7}{check.name}: {check.detail}")
+        passed &= check.passed
+    if not passed:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=SHIP)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+) -> None:
+    """Continue a text, streaming."""
+    from tersely.generate import stream
+
+    _threads(threads)
+    for piece in stream(model, prompt, tokens, temperature, seed or 0, device or "cpu", dtype or "auto"):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _recipe(
+    model: str,
+    file: Path | None,
+    method: str | None,
+    keep: float | None,
+    bits: float | None,
+    size: str | None,
+    target: list[str] | None,
+    calibrate: list[str] | None,
+    samples: int | None,
+    length: int | None,
+    order: str | None,
+    seed: int | None,
+    settings: list[str] | None,
+    evaluate: list[str] | None,
+    device: str | None,
+    dtype: str | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> "Recipe":
+    """The recipe of the flags; with a file, its recipe with what the flags say on top."""
+    from tersely.recipe import recipe_from
+
+    plain: dict[str, Any] = {}
+    if file is not None:
+        step = {"--method": method, "--keep": keep, "--bits": bits, "--size": size, "--target": target, "--set": settings}
+        given = [flag for flag, value in step.items() if value is not None]
+        if given:
+            raise RecipeError(f"{', '.join(given)} and --recipe: what a step does stands in the recipe")
+        plain = _toml(file)
+    elif method is None:
+        raise RecipeError("give --method NAME, or --recipe FILE; `tersely list` shows the methods")
+    else:
+        step = {"method": method, "keep": keep, "bits": bits, "size": size, "target": target} | _pairs(settings or [])
+        plain["step"] = [{key: value for key, value in step.items() if value is not None}]
+    calibration = {"source": calibrate, "samples": samples, "length": length, "order": order}
+    given = {key: value for key, value in calibration.items() if value is not None}
+    plain["calibration"] = plain.get("calibration", {}) | given
+    if evaluate is not None:
+        plain["evaluation"] = plain.get("evaluation", {}) | {"text": evaluate}
+    top = {"model": model, "seed": seed, "device": device, "dtype": dtype, "revision": revision}
+    plain |= {key: value for key, value in top.items() if value is not None}
+    if trust_remote_code:
+        plain["trust_remote_code"] = True
+    return recipe_from(plain)
+
+
+def _toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {file}: no such file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"recipe {file}: not TOML ({error})") from error
+
+
+def _pairs(settings: list[str]) -> dict[str, Any]:
+    """KEY=VALUE with values as TOML writes them; a bare word is a string."""
+    pairs: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {setting}: wanted KEY=VALUE, such as alpha=0.5")
+        try:
+            pairs[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            pairs[key.strip()] = value
+    return pairs
+
+
+def _threads(count: int | None) -> None:
+    if count is None:
+        return
+    if count < 1:
+        raise RecipeError(f"--threads {count}; wanted 1 or more")
+    import torch
+
+    torch.set_num_threads(count)
+
+
+@contextmanager
+def _working() -> Iterator[None]:
+    """Work has begun: what goes wrong from here on leaves a run that can be resumed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except TerselyError as error:
+        raise Interrupted(f"{error}; what is done so far is kept") from error
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def _fail(line: str, status: int) -> None:
+    if debugging:
+        raise  # noqa: PLE0704 (called from an except clause)
+    _say(f"error: {line}")
+    raise SystemExit(status)

@@ -1,0 +1,14 @@
+"""The methods, by their names in recipes."""
+
+from tersely.methods.base import Method, Option
+from tersely.methods.low_rank.asvd import ChannelScaledSVD
+from tersely.methods.low_rank.svd import PlainSVD
+from tersely.methods.low_rank.svd_llm import WhitenedSVD
+
+METHODS: dict[str, type[Method]] = {
+    "asvd": ChannelScaledSVD,
+    "svd": PlainSVD,
+    "svd_llm": WhitenedSVD,
+}
+
+__all__ = ["METHODS", "Method", "Option"]

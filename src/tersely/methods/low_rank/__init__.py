@@ -1,0 +1,1 @@
+"""Low-rank factorisation: one paper, one file."""

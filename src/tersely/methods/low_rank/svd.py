@@ -1,0 +1,40 @@
+"""Plain truncated SVD: the best rank r in the weight's own norm, blind to the data.
+
+Minimises ‖W - W'‖² over W' of rank r; what is left is the sum of the squares of the dropped singular values.  On trained
+language models this is known to ruin perplexity at 5 to 20 % removed: inputs are far from isotropic.  It is the baseline
+of every other method, and the right tool for differences of weights.
+
+Source: Eckart and Young, The approximation of one matrix by another of lower rank, Psychometrika 1, 1936.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tersely.kinds import LowRankLinear
+from tersely.linalg.truncation import output_basis
+from tersely.methods.base import Option
+from tersely.methods.low_rank.factorise import low_rank, rank_options, rank_sizes
+from tersely.stats import Statistic, Stats
+
+
+@dataclass(frozen=True)
+class PlainSVD:
+    paper: ClassVar[str] = "Eckart and Young, 1936, The approximation of one matrix by another of lower rank"
+    summary: ClassVar[str] = "truncated SVD of the weight, data-free"
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return ()
+
+    def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
+        return rank_sizes(shape, itemsize)
+
+    def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
+        return rank_options(weight, output_basis(weight, vectors=False))
+
+    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LowRankLinear:
+        return low_rank(weight, None, amount)

@@ -1,0 +1,214 @@
+"""Everything that can be refused before a byte is written.
+
+A recipe that passes here runs: its names exist, its budget can be met, its model opens and is finite, its text has
+tokens, its output is free and the disk is large enough.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from tersely.allocate import ALLOCATORS, Allocator
+from tersely.anatomy import Anatomy, Site, anatomy_of
+from tersely.calibrate import Windows, read_windows
+from tersely.checkpoint import (
+    ForeignNamesError,
+    Source,
+    carried_files,
+    locate,
+    open_source,
+    read_config,
+    read_tokenizer,
+    rewrite_names,
+)
+from tersely.sweeps import dense_bytes, size_curves
+from tersely.errors import CheckpointError, RecipeError, unknown
+from tersely.journal import Journal
+from tersely.methods import METHODS, Method
+from tersely.recipe import Recipe, Step
+from tersely.text import read_text, window_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What a folder holds beside the weights, for budgets of the whole folder: headers, manifest and reports, from above.
+OVERHEAD, OVERHEAD_PER_SITE = 60_000, 2_000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that has passed every check, with everything resolved that it left open."""
+
+    recipe: Recipe
+    out: Path
+    source: Source
+    anatomy: Anatomy
+    tokenizer: "PreTrainedTokenizerBase"
+    windows: Windows | None
+    """None for data-free methods, unless a text was named to measure their errors on."""
+    journal: Journal
+    warnings: tuple[str, ...]
+    disk_bytes: int
+    """Free bytes that the run needs at its peak, result included."""
+
+
+def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
+    """Check a recipe.  Raises TerselyError for whatever is wrong with it.
+
+    Nothing is written, with one exception: a checkpoint whose tensors do not bear the modules' names is rewritten inside
+    `out` before it can be checked further (see `checkpoint.rewrite_names`).
+    """
+    methods = [build_method(step.method, step.options) for step in recipe.step]
+    for step in recipe.step:
+        build_allocator(step.allocate)
+    _check_device(recipe.device)
+    folder = locate(recipe.model, recipe.revision)
+    config = read_config(folder, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = read_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+    if out.exists() and out.resolve() == folder.resolve():
+        raise CheckpointError(f"{out} is the model itself; choose another folder for the result")
+    journal = Journal(out, identity(recipe, folder))
+    journal.check(fresh=fresh)
+    for source_of_text in recipe.evaluation.text:
+        read_text(source_of_text, "evaluation")
+    window_length(config, recipe.evaluation.length)
+    source = _open(folder, recipe, journal)
+    anatomy = anatomy_of(source.skeleton())
+    sites = anatomy.select(recipe.step[0].target)
+    check_budget(recipe.step[0], methods[0], sites, source)
+    windows, warnings = None, []
+    if any(method.needs for method in methods) or recipe.calibration.source != ["stdlib"]:
+        first_token = tokenizer.bos_token_id if anatomy.needs_first_token else None
+        windows = read_windows(recipe.calibration, tokenizer, config, recipe.seed, first_token)
+        warnings = [w for w in (windows.shortage(max(site.in_features for site in sites)),) if w]
+    disk = disk_needed(recipe, source, sites)
+    _check_disk(out, disk)
+    source.check_finite()
+    resolved = _resolved(recipe, methods, source, windows)
+    return Prepared(resolved, out, source, anatomy, tokenizer, windows, journal, tuple(warnings), disk)
+
+
+def build_method(name: str, options: Mapping[str, Any]) -> Method:
+    """A method from its name and fields.  Raises RecipeError for an unknown one of either, or a value of a wrong kind."""
+    if name not in METHODS:
+        raise RecipeError(unknown("method", name, METHODS))
+    known = [f.name for f in fields(METHODS[name])]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            raise RecipeError(f"method {name}: " + unknown("option", option, [*known, *(f.name for f in fields(Step))]))
+    try:
+        return TypeAdapter(METHODS[name]).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"method {name}: {place}: {first['msg']} (came: {first.get('input')!r})") from error
+
+
+def build_allocator(name: str) -> Allocator:
+    if name not in ALLOCATORS:
+        raise RecipeError(unknown("allocator", name, ALLOCATORS))
+    return ALLOCATORS[name]
+
+
+def budget_bytes(step: Step, sites: Sequence[Site], source: Source) -> int:
+    """Bytes that the targets may take.  Raises RecipeError where the asked size leaves them nothing."""
+    dense = sum(dense_bytes(site, source) for site in sites)
+    if step.keep is not None:
+        return int(step.keep * dense * (1 + 1e-12))  # 0.8 of 10 bytes is 8, though 0.8 in binary is not
+    if step.bits is not None:
+        return min(dense, int(step.bits * sum(site.out_features * site.in_features for site in sites) / 8))
+    beside = source.nbytes() - dense + sum(path.stat().st_size for path in carried_files(source.carried_from))
+    beside += OVERHEAD + OVERHEAD_PER_SITE * len(sites)
+    left = (step.size_bytes or 0) - beside
+    if left <= 0:
+        raise RecipeError(f"size {step.size}: everything but the targets takes {beside} bytes already; ask for more")
+    return min(left, dense)
+
+
+def check_budget(step: Step, method: Method, sites: Sequence[Site], source: Source) -> None:
+    """Raises RecipeError for a budget below the smallest that the method can do; needs shapes alone."""
+    curves, budget = size_curves(sites, method, source), budget_bytes(step, sites, source)
+    if not build_allocator(step.allocate).needs_errors:
+        build_allocator(step.allocate).divide(curves, budget)
+    smallest = sum(curve.options[0].nbytes for curve in curves)
+    if smallest > budget:
+        dense = sum(curve.dense_bytes for curve in curves)
+        raise RecipeError(
+            f"step {step.method!r}: a budget of {budget} bytes for the targets, whose smallest form takes {smallest}; "
+            f"keep at least {smallest / dense:.4f}"
+        )
+
+
+def spills(step: Step, method: Method) -> bool:
+    """Whether statistics of the dense model go to disk: observed in sweep 1, they are read again in sweep 2."""
+    return step.propagate == "none" and bool(method.needs) and build_allocator(step.allocate).needs_errors
+
+
+def disk_needed(recipe: Recipe, source: Source, sites: Sequence[Site]) -> int:
+    """Bytes on disk at the peak of a run: the result, its blocks in the journal, and what is spilled (from above)."""
+    targets = sum(dense_bytes(site, source) for site in sites)
+    spilled = any(spills(step, build_method(step.method, step.options)) for step in recipe.step)
+    grams = sum({site.reads: 8 * site.in_features**2 for site in sites}.values()) if spilled else 0
+    steps = len(recipe.step)
+    return steps * (source.nbytes() + targets) + grams + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
+
+
+def identity(recipe: Recipe, folder: Path) -> str:
+    """What a run is a run of: the recipe, and the model's files by name, size and time of change."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
+    return hashlib.sha256(repr((recipe.fingerprint(), files)).encode()).hexdigest()
+
+
+def _open(folder: Path, recipe: Recipe, journal: Journal) -> Source:
+    dtype, trust = recipe.dtype, recipe.trust_remote_code
+    try:
+        return open_source(folder, dtype=dtype, trust_remote_code=trust)
+    except ForeignNamesError:
+        rewritten = journal.folder / "source"
+        if not (rewritten / "config.json").exists():
+            new = not journal.folder.parent.exists()
+            try:
+                journal.begin()
+                rewrite_names(folder, rewritten, trust_remote_code=trust)
+            except CheckpointError:
+                if new:
+                    shutil.rmtree(journal.folder.parent)
+                raise
+        source = open_source(rewritten, dtype=dtype, trust_remote_code=trust)
+        source.carried_from = folder
+        return source
+
+
+def _resolved(recipe: Recipe, methods: Sequence[Method], source: Source, windows: Windows | None) -> Recipe:
+    """The recipe with every default that took effect written out."""
+    steps = [replace(step, options=asdict(method)) for step, method in zip(recipe.step, methods, strict=True)]  # type: ignore[call-overload]
+    calibration = recipe.calibration
+    if windows is not None:
+        calibration = replace(calibration, length=windows.tokens.shape[1])
+    return replace(recipe, step=steps, calibration=calibration, dtype=str(source.dtype).removeprefix("torch."))  # type: ignore[arg-type]
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise RecipeError(f"device {device!r} is not available here ({reason}); cpu always is") from error
+
+
+def _check_disk(out: Path, needed: int) -> None:
+    """Raises CheckpointError if the disk has less free than a run takes; part of it may be there from an earlier try."""
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    present = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0
+    if needed - present > free:
+        raise CheckpointError(
+            f"{out}: the run needs {needed - present} bytes on disk at its peak, {free} are free; free some, or write "
+            "to another disk"
+        )

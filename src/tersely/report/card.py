@@ -1,0 +1,54 @@
+"""The model card that is written into every output folder."""
+
+from tersely.report.rows import Report, format_value, text_rows
+
+
+def model_card(report: Report, licence: str | None) -> str:
+    """Markdown with the hub's front matter: what was done, what it saved, what it cost, how to open it."""
+    front = ["---", f"base_model: {report.model}", "library_name: transformers", "tags:", "- tersely", "- compressed"]
+    if licence:
+        front.append(f"license: {licence}")
+    methods = ", ".join(f"`{step['method']}`" for step in report.recipe["step"])
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# {report.model}, compressed",
+        "",
+        f"Compressed with tersely {report.versions['tersely']} ({methods}). {report.coverage}.",
+        "",
+        "```python",
+        "import tersely  # once, so that transformers knows the format",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        "```",
+        "",
+        "| | now | before | ratio |",
+        "|---|--:|--:|--:|",
+    ]
+    for row in report.rows:
+        ratio = "–" if row.ratio is None else f"{row.ratio:.3f}"
+        lines.append(f"| {row.name} | {format_value(row.value, row.unit)} | {format_value(row.before, row.unit)} | {ratio} |")
+    lines += ["", *_quality(report), *_cautions(report)]
+    lines.append("Every setting is in `recipe.toml`, every site in `plan.json` and `report.json`.")
+    return "\n".join(lines) + "\n"
+
+
+def _quality(report: Report) -> list[str]:
+    texts = text_rows(report.evaluation)
+    if not texts:
+        return ["Quality was not measured during compression: run `tersely eval` on this folder.", ""]
+    lines = ["| text | windows × length | perplexity | dense | KL (nats/token) | top-1 agreement |", "|---|--:|--:|--:|--:|--:|"]
+    for text in texts:
+        lines.append(
+            f"| {text['text']} | {text['windows']} × {text['length']} | {text['perplexity']:.3f} | "
+            f"{text['dense_perplexity']:.3f} | {text['kl']:.4f} | {text['top1']:.4f} |"
+        )
+    return [*lines, ""]
+
+
+def _cautions(report: Report) -> list[str]:
+    lines = [f"- Degraded: `{site}` was left dense ({reason})" for site, reason in report.degraded.items()]
+    lines += [f"- {warning}" for warning in report.warnings]
+    return ["Take note:", "", *lines, ""] if lines else []

@@ -1,0 +1,93 @@
+"""The report of a run: numbers with their unit and how they were measured, bound to what produced them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number.  `before` is that of the dense model, where there is one."""
+
+    name: str
+    value: float
+    unit: str
+    how: str
+    before: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        return self.value / self.before if self.before else None
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """What became of one linear.  Errors are shares of the site's output energy, 0 to 1; None where not known."""
+
+    name: str
+    role: str
+    out_features: int
+    in_features: int
+    step: int
+    method: str
+    amount: int | None
+    nbytes: int
+    dense_bytes: int
+    predicted_error: float | None
+    measured_error: float | None
+
+
+@dataclass
+class Report:
+    model: str
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    coverage: str
+    rows: list[Row] = field(default_factory=list)
+    sites: list[SiteRow] = field(default_factory=list)
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    degraded: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def size_rows(
+    touched: tuple[int, int], weights: int, parameters: tuple[int, int], checkpoint: tuple[int, int]
+) -> list[Row]:
+    """All readings of a size, each (after, before): bytes of the touched weights, parameters, and the folder's weights.
+
+    `weights`: how many numbers the touched weights stood for.
+    """
+    bits, bits_before = 8 * touched[0] / weights, 8 * touched[1] / weights
+    return [
+        Row("touched weights", touched[0], "bytes", "stored numbers of the touched weights, biases aside", touched[1]),
+        Row("bits per touched weight", bits, "bits", "their bytes, over the weights they stand for", bits_before),
+        Row("parameters", parameters[0], "parameters", "of the whole model, tied ones once", parameters[1]),
+        Row("checkpoint", checkpoint[0], "bytes", "safetensors files on disk, headers included", checkpoint[1]),
+    ]
+
+
+def format_value(value: float | None, unit: str) -> str:
+    """A number for people: bytes in decimal units, errors with three digits."""
+    if value is None:
+        return "–"
+    if unit == "bytes":
+        for factor, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+            if value >= factor:
+                return f"{value / factor:.2f} {name}"
+        return f"{value:.0f} B"
+    if unit == "parameters":
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def text_rows(evaluation: dict[str, Any] | None) -> Sequence[dict[str, Any]]:
+    """The measured texts of an evaluation, if any."""
+    return evaluation["texts"] if evaluation else []

@@ -1,0 +1,14 @@
+"""What calibration can measure.  The keys of the table name statistics on disk."""
+
+from tersely.stats.base import Statistic, Stats
+from tersely.stats.channel import AbsMax, AbsMean, Power
+from tersely.stats.gram import Gram
+
+STATISTICS: dict[str, type[Statistic]] = {
+    "abs_max": AbsMax,
+    "abs_mean": AbsMean,
+    "gram": Gram,
+    "power": Power,
+}
+
+__all__ = ["STATISTICS", "AbsMax", "AbsMean", "Gram", "Power", "Statistic", "Stats"]

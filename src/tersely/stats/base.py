@@ -1,0 +1,63 @@
+"""What calibration measures: streaming, mergeable accumulators of one input.
+
+A statistic belongs to an input, not to a layer: q, k and v read the same tensor and share one Gram matrix.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol, Self, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Statistic(Protocol):
+    """An accumulator.  Construction takes the width of the input and the device to accumulate on."""
+
+    tokens: int
+
+    def __init__(self, width: int, device: str = "cpu") -> None: ...
+
+    def update(self, x: Float[Tensor, "tokens width"]) -> None:
+        """Add the rows of `x`."""
+
+    def merge(self, other: Self) -> None:
+        """Add what `other` has seen; the result is the same in any order, up to rounding."""
+
+    def mean(self) -> Tensor:
+        """The statistic per token (a maximum: over all tokens), float64.  Zero before the first token."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Plain tensors from which `restore` rebuilds the accumulator exactly."""
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> Self: ...
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Stats:
+    """The statistics of one input, addressed by their type: ``stats[Gram].mean()``."""
+
+    def __init__(self, accumulators: Mapping[type[Statistic], Statistic] | None = None) -> None:
+        self._of = dict(accumulators or {})
+
+    def __getitem__(self, kind: type[S]) -> S:
+        if kind not in self._of:
+            held = ", ".join(sorted(k.__name__ for k in self._of)) or "nothing"
+            raise KeyError(f"no {kind.__name__} was gathered for this input (gathered: {held}); add it to `needs`")
+        return self._of[kind]  # type: ignore[return-value]
+
+    def __contains__(self, kind: type[Statistic]) -> bool:
+        return kind in self._of
+
+    def kinds(self) -> tuple[type[Statistic], ...]:
+        return tuple(self._of)
+
+    def update(self, x: Float[Tensor, "tokens width"]) -> None:
+        for accumulator in self._of.values():
+            accumulator.update(x)
+
+    @property
+    def tokens(self) -> int:
+        return max((a.tokens for a in self._of.values()), default=0)

@@ -1,0 +1,467 @@
+"""Perplexity against an independent implementation, KL by hand, and that measuring leaves a model as it was."""
+
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tersely.errors import NumericalError, RecipeError
+from tersely.evaluation import (
+    Protocol,
+    cut,
+    evaluate,
+    folder_bytes,
+    measure_agreement,
+    measure_perplexity,
+    measure_speed,
+    parameter_count,
+)
+from tersely.text import Text, window_length
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+VOCABULARY, CONTEXT, LENGTH = 61, 48, 16
+SHAPE = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "pad_token_id": None, "eos_token_id": 1}
+GATED = SHAPE | {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    # far from the usual 0.02, so that a random model has opinions
+    "initializer_range": 0.5,
+}
+
+
+def llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**GATED | changes)).double()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    # dropout as published: a model left in training mode must not show it
+    settings = {"vocab_size": VOCABULARY, "n_positions": CONTEXT, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    tokens = {"bos_token_id": 0, "eos_token_id": 1}
+    return GPT2LMHeadModel(GPT2Config(**settings, **tokens, initializer_range=0.5)).double()
+
+
+def gemma2() -> Gemma2ForCausalLM:
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**GATED, head_dim=4, final_logit_softcapping=2.0)).double()
+
+
+FAMILIES = {"llama": llama, "gpt2": gpt2}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Words are the numbers of their tokens, from 1; 0 is the first token."""
+    words = Tokenizer(WordLevel({"<s>": 0} | {str(number): number for number in range(1, VOCABULARY)}))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>")
+
+
+@pytest.fixture(scope="module")
+def text() -> Text:
+    numbers = torch.randint(1, VOCABULARY, (203,), generator=torch.Generator().manual_seed(1))
+    return Text("numbers.txt", " ".join(map(str, numbers.tolist())))
+
+
+def by_hand(model: PreTrainedModel, tokens: list[int], length: int, stride: int, first: list[int]) -> tuple[float, int]:
+    """Perplexity and number of predictions, one window and one token at a time."""
+    losses, read, start = [], 0, 0
+    while start + length - len(first) <= len(tokens):
+        window = tokens[start : start + length - len(first)]
+        logits = model(torch.tensor([first + window])).logits[0].detach()
+        for offset, token in enumerate(window):
+            has_past = offset + len(first) > 0
+            if has_past and start + offset >= read:
+                scores = logits[offset + len(first) - 1]
+                losses.append(float(scores.exp().sum().log() - scores[token]))
+        read = start + len(window)
+        start += min(stride, len(window))
+    return math.exp(sum(losses) / len(losses)), len(losses)
+
+
+def state_of(model: PreTrainedModel) -> dict[str, object]:
+    """All that a measurement could leave behind."""
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "modes": [module.training for module in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "configuration": model.config.to_dict(),
+        "random": torch.get_rng_state(),
+    }
+
+
+def equal(first: object, second: object) -> bool:
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return first == second
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("first_token", [False, True])
+@pytest.mark.parametrize("stride", [LENGTH, LENGTH - 1, LENGTH - 2, 5, 1])
+def test_perplexity_equals_that_of_a_plain_loop(family, first_token, stride, text, tokenizer):
+    model = FAMILIES[family]().eval()
+    windows = cut(text, tokenizer, model.config, length=LENGTH, stride=stride, first_token=first_token)
+    wanted, predictions = by_hand(model, list(map(int, text.content.split())), LENGTH, stride, [0] * first_token)
+    assert measure_perplexity(model, windows) == pytest.approx(wanted, rel=1e-6)
+    assert windows.protocol(model).tokens == predictions
+
+
+def test_a_float32_model_is_measured_in_float32(text, tokenizer):
+    double = llama()
+    windows = cut(text, tokenizer, double.config, length=LENGTH)
+    wanted = measure_perplexity(double, windows)
+    single = double.float()
+    assert windows.protocol(single).dtype == "float32"
+    assert measure_perplexity(single, windows) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2])
+@pytest.mark.parametrize("stride", [LENGTH, 5])
+def test_neither_batch_nor_pieces_of_logits_matter(build, stride, text, tokenizer, monkeypatch):
+    model, other = build(), build()
+    other.get_input_embeddings().weight.data *= 1.1
+    windows = cut(text, tokenizer, model.config, length=LENGTH, stride=stride)
+    plain = measure_agreement(model, other, windows)
+    for tokens_per_batch, logits_at_once in [(1, 2**25), (3 * LENGTH, 2**25), (4096, 1), (2 * LENGTH, 20 * VOCABULARY)]:
+        monkeypatch.setattr(sys.modules[cut.__module__], "TOKENS_PER_BATCH", tokens_per_batch)
+        monkeypatch.setattr(sys.modules[cut.__module__], "LOGITS_AT_ONCE", logits_at_once)
+        again = measure_agreement(model, other, windows)
+        assert again.perplexity == pytest.approx(plain.perplexity, rel=1e-10)
+        assert again.dense_perplexity == pytest.approx(plain.dense_perplexity, rel=1e-10)
+        assert again.kl == pytest.approx(plain.kl, rel=1e-8)
+        assert again.top1 == plain.top1
+
+
+def test_logits_stay_bounded_and_the_body_runs_once_for_a_batch(text, tokenizer, monkeypatch):
+    model = llama()
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    monkeypatch.setattr(sys.modules[cut.__module__], "LOGITS_AT_ONCE", 30 * VOCABULARY)
+    sizes: list[int] = []
+    blocks: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
+    model.model.layers[0].register_forward_hook(lambda module, inputs, hidden: blocks.append(1))
+    measure_perplexity(model, windows)
+    assert max(sizes) <= 30 * VOCABULARY
+    assert sum(sizes) == windows.predicted * VOCABULARY
+    assert len(blocks) == len(list(windows.batches()))
+    sizes.clear()
+    measure_agreement(model, llama(1), windows)  # the bound holds for both models together
+    assert max(sizes) <= 15 * VOCABULARY
+
+
+def test_a_uniform_model_hesitates_between_all_tokens(text, tokenizer):
+    model = llama()
+    model.lm_head.weight.data.zero_()
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    assert measure_perplexity(model, windows) == pytest.approx(VOCABULARY, rel=1e-12)
+
+
+@pytest.mark.parametrize(("stride", "tokens"), [(LENGTH, 12 * 15), (15, 15 + 12 * 15), (8, 15 + 23 * 8)])
+def test_the_protocol_says_all_that_the_number_depends_on(stride, tokens, text, tokenizer):
+    model = llama()
+    windows = cut(text, tokenizer, model.config, length=LENGTH, stride=stride)
+    assert windows.protocol(model) == Protocol(
+        text="numbers.txt",
+        sha256=hashlib.sha256(text.content.encode()).hexdigest(),
+        length=LENGTH,
+        stride=stride,
+        first_token=None,
+        dtype="float64",
+        windows=len(windows),
+        tokens=tokens,
+    )
+
+
+def test_with_a_first_token_nothing_is_skipped_and_no_position_is_added(text, tokenizer):
+    model = llama()
+    windows = cut(text, tokenizer, model.config, length=LENGTH, first_token=True, limit=3)
+    fed = torch.cat([windows.tokens(numbers) for numbers, _ in windows.batches()])
+    assert fed.shape == (3, LENGTH)
+    assert fed[:, 0].tolist() == [0, 0, 0]
+    assert fed[:, 1:].flatten().tolist() == list(map(int, text.content.split()))[: 3 * (LENGTH - 1)]
+    protocol = windows.protocol(model)
+    assert (protocol.first_token, protocol.windows, protocol.tokens) == ("<s>", 3, 3 * (LENGTH - 1))
+
+
+def test_default_length():
+    assert window_length(LlamaConfig(**GATED)) == CONTEXT
+    assert window_length(LlamaConfig(**GATED, train_window=32)) == 32
+    assert window_length(LlamaConfig(**GATED | {"max_position_embeddings": 8192})) == 2048
+    assert window_length(GPT2Config(n_positions=24)) == 24
+
+
+def test_a_weight_that_is_no_number_names_the_first_window_it_reaches(text, tokenizer):
+    model = llama().train()
+    tokens = list(map(int, text.content.split()))
+    # the embedding of a token that comes late for the first time poisons its window and none before
+    late = next(token for token in tokens[3 * LENGTH :] if token not in tokens[: 3 * LENGTH])
+    number = tokens.index(late) // LENGTH
+    model.get_input_embeddings().weight.data[late] = float("nan")
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    before = [module.training for module in model.modules()]
+    with pytest.raises(NumericalError, match=rf"window {number} of numbers.txt \(tokens {number * LENGTH} to"):
+        measure_perplexity(model, windows)
+    assert [module.training for module in model.modules()] == before
+    assert "forward" not in vars(model.model)
+    measure_perplexity(model, cut(text, tokenizer, model.config, length=LENGTH, limit=number))
+
+
+def test_logits_beyond_float32_and_losses_beyond_float64_raise(text, tokenizer):
+    model = llama()
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    model.lm_head.weight.data *= 1e6
+    with pytest.raises(NumericalError, match="nats has no perplexity"):
+        measure_perplexity(model, windows)
+    model.lm_head.weight.data *= 1e36
+    with pytest.raises(NumericalError, match="a logit of LlamaForCausalLM is not finite"):
+        measure_perplexity(model.float(), windows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_model_agrees_with_itself_exactly(family, dtype, text, tokenizer):
+    model, twin = FAMILIES[family]().to(dtype), FAMILIES[family]().to(dtype)
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    for other in (model, twin):
+        result = measure_agreement(model, other, windows)
+        assert (result.kl, result.top1) == (0.0, 1.0)
+        assert result.perplexity == result.dense_perplexity == measure_perplexity(model, windows)
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+def test_agreement_by_hand(first_token, text, tokenizer):
+    model, dense = llama(0).eval(), llama(1).eval()
+    windows = cut(text, tokenizer, model.config, length=LENGTH, first_token=first_token)
+    fed = torch.cat([windows.tokens(numbers) for numbers, _ in windows.batches()])
+    with torch.no_grad():
+        p, q = (one(fed).logits[:, :-1].softmax(-1) for one in (dense, model))
+    result = measure_agreement(model, dense, windows)
+    assert result.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-9)
+    assert result.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), rel=1e-12)
+    assert result.perplexity == pytest.approx(measure_perplexity(model, windows), rel=1e-12)
+    assert result.dense_perplexity == pytest.approx(measure_perplexity(dense, windows), rel=1e-12)
+    assert measure_agreement(dense, model, windows).kl != pytest.approx(result.kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_measuring_leaves_the_model_as_it_was(family, text, tokenizer):
+    model, dense = FAMILIES[family]().train(), FAMILIES[family]()
+    model.base_model.eval()  # modes that differ within a model come back as they were, one by one
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    before = state_of(model), state_of(dense)
+    measure_agreement(model, dense, windows)
+    measure_speed(model, prompt_tokens=8, new_tokens=4, repeats=2)
+    assert equal(before[0], state_of(model))
+    assert equal(before[1], state_of(dense))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_speed(family):
+    result = measure_speed(FAMILIES[family](), prompt_tokens=8, new_tokens=4, repeats=3)
+    assert result.prefill.tokens_per_second > 0
+    assert result.decode.tokens_per_second > 0
+    assert result.prefill.spread >= 0
+    # a process with torch in it holds more than 50 MB and, here, less than 50 GB
+    assert 50e6 < result.peak_bytes < 50e9
+
+
+def test_sizes(tmp_path):
+    model = llama(tie_word_embeddings=True)
+    untied = llama(tie_word_embeddings=False)
+    assert parameter_count(untied) - parameter_count(model) == VOCABULARY * 16
+    (tmp_path / "below").mkdir()
+    (tmp_path / "config.json").write_bytes(b"12345")
+    (tmp_path / "below" / "shard").write_bytes(b"123")
+    assert folder_bytes(tmp_path) == 8
+    with pytest.raises(RecipeError, match="no folder"):
+        folder_bytes(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": CONTEXT + 1}, "length 49 is beyond the model's context of 48"),
+        ({"length": 1}, "length 1 leaves nothing to predict"),
+        ({"length": 16, "stride": 17}, "stride 17 is not within 1 and the length 16"),
+        ({"length": 16, "stride": 0}, "stride 0 is not within"),
+        ({"length": 16, "limit": 0}, "0 windows were asked for"),
+    ],
+)
+def test_geometry_that_makes_no_sense_is_refused(options, message, text, tokenizer):
+    with pytest.raises(RecipeError, match=message):
+        cut(text, tokenizer, LlamaConfig(**GATED), **options)
+
+
+def test_texts_and_tokenizers_that_do_not_fit_are_refused(text, tokenizer):
+    short = Text("short.txt", "5 6 7")
+    with pytest.raises(RecipeError, match=r"short.txt has 3 tokens, one window takes 4"):
+        cut(short, tokenizer, LlamaConfig(**GATED), length=4)
+    assert len(cut(short, tokenizer, LlamaConfig(**GATED), length=4, first_token=True)) == 1
+    with pytest.raises(RecipeError, match="the model knows 3 tokens; use the model's own tokenizer"):
+        cut(text, tokenizer, LlamaConfig(**GATED | {"vocab_size": 3}), length=4)
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(RecipeError, match="the tokenizer has none"):
+        cut(text, without, LlamaConfig(**GATED), length=4, first_token=True)
+
+
+def bert(model_class: type[PreTrainedModel], **changes: object) -> PreTrainedModel:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return model_class(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, **shape, **changes))
+
+
+def t5() -> PreTrainedModel:
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **shape))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: bert(BertForMaskedLM), "BertForMaskedLM is an encoder"),
+        (lambda: bert(BertLMHeadModel), "BertLMHeadModel is an encoder"),
+        (t5, "T5ForConditionalGeneration is an encoder and a decoder"),
+        (lambda: LlamaModel(LlamaConfig(**GATED)), "LlamaModel has no head"),
+    ],
+)
+def test_models_that_predict_no_next_token_are_refused(build, message, text, tokenizer):
+    model, causal = build(), llama().float()
+    windows = cut(text, tokenizer, causal.config, length=LENGTH)
+    for refused in (
+        lambda: measure_perplexity(model, windows),
+        lambda: measure_agreement(causal, model, windows),
+        lambda: measure_speed(model),
+        lambda: evaluate(model, tokenizer, []),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            refused()
+
+
+def test_an_encoder_asked_to_be_a_decoder_is_measured(text, tokenizer):
+    model = bert(BertLMHeadModel, is_decoder=True)
+    assert measure_perplexity(model, cut(text, tokenizer, model.config, length=LENGTH)) > 1
+
+
+def test_models_that_cannot_be_compared_are_refused(text, tokenizer):
+    model = llama()
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    with pytest.raises(RecipeError, match="the model knows 61 tokens, the dense one 64"):
+        measure_agreement(model, llama(vocab_size=64), windows)
+    with pytest.raises(RecipeError, match=r"float64, the dense one in torch.float32"):
+        measure_agreement(model, llama().float(), windows)
+
+
+def test_speed_beyond_the_context_is_refused():
+    with pytest.raises(RecipeError, match="beyond the model's context of 48"):
+        measure_speed(llama(), prompt_tokens=40, new_tokens=9)
+    with pytest.raises(RecipeError, match="at least 1"):
+        measure_speed(llama(), prompt_tokens=4, new_tokens=0)
+
+
+@pytest.fixture
+def source(text, tmp_path) -> str:
+    path = tmp_path / "numbers.txt"
+    path.write_text(text.content)
+    return str(path)
+
+
+def test_what_was_not_measured_is_absent(source, tokenizer):
+    model = llama()
+    result = evaluate(model, tokenizer, [source], length=LENGTH)
+    assert result.keys() == {"parameters", "texts"}
+    (row,) = result["texts"]
+    protocol = {"text", "sha256", "length", "stride", "first_token", "dtype", "windows", "tokens"}
+    assert row.keys() == protocol | {"perplexity"}
+    assert row["first_token"] is None
+    assert evaluate(model, tokenizer, []).keys() == {"parameters"}
+
+
+def test_everything_measured(source, tokenizer, tmp_path):
+    model, dense = llama(0, max_position_embeddings=256), llama(1)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    lines: list[str] = []
+    result = evaluate(
+        model,
+        tokenizer,
+        [source, source],
+        length=LENGTH,
+        stride=8,
+        first_token=True,
+        windows=6,
+        against=dense,
+        speed=True,
+        folder=folder,
+        progress=lambda *said: lines.append(said),
+    )
+    assert list(result) == ["model", "bytes", "parameters", "texts", "speed"]
+    assert result["model"] == str(folder)
+    assert result["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert result["speed"].keys() == {"prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes"}
+    first, second = result["texts"]
+    assert first == second
+    assert (first["windows"], first["tokens"], first["stride"], first["first_token"]) == (6, 15 + 5 * 8, 8, "<s>")
+    assert first["kl"] > 0
+    assert 0 <= first["top1"] <= 1
+    assert first["perplexity"] != first["dense_perplexity"]
+    assert lines == [f"{source}: {done} of 6 windows" for done in (1, 6)] * 2
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_a_name_is_given_as_the_model_was_opened(source, tokenizer, tmp_path):
+    llama().save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert evaluate(model, tokenizer, [source], length=LENGTH, windows=1)["model"] == str(tmp_path / "model")
+
+
+def test_every_refusal_comes_before_the_first_window(source, tokenizer):
+    lines: list[str] = []
+    with pytest.raises(RecipeError, match="no such file"):
+        evaluate(llama(), tokenizer, [source, "absent.txt"], length=LENGTH, progress=lambda *said: lines.append(said))
+    with pytest.raises(RecipeError, match="the dense one 64"):
+        evaluate(llama(), tokenizer, [source], length=LENGTH, against=llama(vocab_size=64), progress=lambda *said: lines.append(said))
+    assert lines == []
+
+
+def test_the_reference_model_reads_wikitext_as_others_measured_it():
+    folder, raw = SHARED / "models" / "reference", SHARED / "data" / "wikitext-2" / "wiki.test.raw"
+    if not (folder.is_dir() and raw.is_file()):
+        pytest.skip(f"the reference model or WikiText-2 is not under {SHARED}")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    (row,) = evaluate(model, tokenizer, [str(raw)], windows=400)["texts"]
+    assert (row["length"], row["windows"], row["tokens"]) == (256, 400, 400 * 255)
+    assert row["perplexity"] == pytest.approx(38.63, abs=0.01)
