@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from families import TINY, tiny_batch, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
+from families import TINY, tiny_batch, tiny_config, tiny_model
 from tersely.anatomy import FAMILIES, READS, Site, anatomy_of, fused_rows, model_class
 from tersely.errors import AnatomyError
 

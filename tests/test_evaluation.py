@@ -453,7 +453,14 @@ def test_every_refusal_comes_before_the_first_window(source, tokenizer):
     with pytest.raises(RecipeError, match="no such file"):
         evaluate(llama(), tokenizer, [source, "absent.txt"], length=LENGTH, progress=lambda *said: lines.append(said))
     with pytest.raises(RecipeError, match="the dense one 64"):
-        evaluate(llama(), tokenizer, [source], length=LENGTH, against=llama(vocab_size=64), progress=lambda *said: lines.append(said))
+        evaluate(
+            llama(),
+            tokenizer,
+            [source],
+            length=LENGTH,
+            against=llama(vocab_size=64),
+            progress=lambda *said: lines.append(said),
+        )
     assert lines == []
 
 

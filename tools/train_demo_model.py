@@ -104,12 +104,14 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
             (work / "state.tmp").replace(saved)
             speed = (step + 1 - first) * BATCH * WINDOW / (time.perf_counter() - begun)
             seen = held_out_loss(model, held_out, 128)
-            print(f"step {step + 1}/{steps} train {loss.item():.4f} held-out {seen:.4f} {speed:.0f} tokens/s", flush=True)
+            print(
+                f"step {step + 1}/{steps} train {loss.item():.4f} held-out {seen:.4f} {speed:.0f} tokens/s", flush=True
+            )
 
 
 def kneser_ney_loss(train_tokens: list[int], held_out: list[int]) -> float:
     """Nats per token of an interpolated Kneser-Ney trigram model, absolute discount n1 / (n1 + 2 n2) at every order."""
-    trigrams = Counter(zip(train_tokens, train_tokens[1:], train_tokens[2:]))
+    trigrams = Counter(zip(train_tokens, train_tokens[1:], train_tokens[2:], strict=False))
     bigrams = Counter((b, c) for _, b, c in trigrams)  # continuation counts: distinct words before
     unigrams = Counter(c for _, c in bigrams)
     contexts3, distinct3, contexts2, distinct2 = Counter(), Counter(), Counter(), Counter()
@@ -126,7 +128,7 @@ def kneser_ney_loss(train_tokens: list[int], held_out: list[int]) -> float:
         discounts.append(of[1] / (of[1] + 2 * of[2]) if of[1] else 0.0)
     d3, d2, d1 = discounts
     loss = 0.0
-    for a, b, c in zip(held_out, held_out[1:], held_out[2:]):
+    for a, b, c in zip(held_out, held_out[1:], held_out[2:], strict=False):
         p = max(unigrams[c] - d1, 0) / total + d1 * len(unigrams) / total / VOCABULARY
         if contexts2[b]:
             p = max(bigrams[b, c] - d2, 0) / contexts2[b] + d2 * distinct2[b] / contexts2[b] * p

@@ -1,7 +1,7 @@
 """tersely makes language models smaller and proves that they still work.
 
-Importing it is enough for ``AutoModelForCausalLM.from_pretrained`` to open compressed folders.  It costs nothing: neither
-torch nor transformers is imported before something needs it.
+Importing it is enough for ``AutoModelForCausalLM.from_pretrained`` to open compressed folders.  It costs nothing:
+neither torch nor transformers is imported before something needs it.
 """
 
 from importlib import import_module

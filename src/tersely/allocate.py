@@ -1,8 +1,8 @@
 """Who gets how many bytes.
 
-An allocator sees one curve per site (what each amount costs and what error it leaves) and a budget in bytes; it returns a
-plan.  Ranks, bits and channels compete on the one scale of bytes, and every curve ends with the option to leave the site
-dense, so that no factorisation larger than what it replaces can ever be chosen.
+An allocator sees one curve per site (what each amount costs and what error it leaves) and a budget in bytes; it returns
+a plan.  Ranks, bits and channels compete on the one scale of bytes, and every curve ends with the option to leave the
+site dense, so that no factorisation larger than what it replaces can ever be chosen.
 """
 
 import heapq
@@ -98,11 +98,15 @@ def uniform(curves: Sequence[Curve], budget: int) -> Plan:
 
 
 def greedy(curves: Sequence[Curve], budget: int) -> Plan:
-    """Spend each byte where it lowers the relative output error most.
+    """Spend each byte where it lowers the relative output error, averaged over all bytes of weight, most.
+
+    The sum that falls is Σ dense bytes · (error / energy): a site counts by its size, as it does in the budget.
+    Without that factor a small site's loss would weigh as much as a large one's while costing fewer bytes to avoid, and
+    the MLP would pay for attention (measured in docs/lab.md).
 
     Starts from the smallest option everywhere and walks along the lower convex hulls of the curves, steepest segment
-    first, until a segment does not fit; that one is taken as far as it goes.  On convex curves this is the optimum of the
-    sum up to one segment, and more bytes never predict more error.
+    first, until a segment does not fit; that one is taken as far as it goes.  On convex curves this is the optimum of
+    the sum up to one segment, and more bytes never predict more error.
     """
     spent = sum(curve.options[0].nbytes for curve in curves)
     if spent > budget:
@@ -110,7 +114,11 @@ def greedy(curves: Sequence[Curve], budget: int) -> Plan:
         raise RecipeError(_too_small(worst, f"a total budget of {budget} bytes where the smallest plan takes {spent}"))
     hulls = [_hull(curve) for curve in curves]
     reached = [0] * len(curves)
-    queue = [(-_steepness(curve, hull, 0), i) for i, (curve, hull) in enumerate(zip(curves, hulls)) if len(hull) > 1]
+    queue = [
+        (-_steepness(curve, hull, 0), i)
+        for i, (curve, hull) in enumerate(zip(curves, hulls, strict=True))
+        if len(hull) > 1
+    ]
     heapq.heapify(queue)
     chosen = [curve.options[0] for curve in curves]
     while queue:
@@ -118,14 +126,14 @@ def greedy(curves: Sequence[Curve], budget: int) -> Plan:
         here, there = hulls[i][reached[i]], hulls[i][reached[i] + 1]
         if spent + there.nbytes - here.nbytes > budget:
             between = [o for o in curves[i].options if o.nbytes - here.nbytes <= budget - spent]
-            chosen[i] = min(between, key=lambda o: (o.error, o.nbytes))
+            chosen[i] = min(between, key=lambda o: (_error(o), o.nbytes))
             break
         spent += there.nbytes - here.nbytes
         reached[i] += 1
         chosen[i] = there
         if reached[i] + 1 < len(hulls[i]):
             heapq.heappush(queue, (-_steepness(curves[i], hulls[i], reached[i]), i))
-    return Plan(budget, {curve.site: _choice(curve, option) for curve, option in zip(curves, chosen)})
+    return Plan(budget, {curve.site: _choice(curve, option) for curve, option in zip(curves, chosen, strict=True)})
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,9 @@ class Allocator:
 
 
 ALLOCATORS: dict[str, Allocator] = {
-    "greedy": Allocator(greedy, True, "bytes go where they lower the predicted relative output error most"),
+    "greedy": Allocator(
+        greedy, True, "bytes go where they lower the predicted relative output error of the weights most"
+    ),
     "uniform": Allocator(uniform, False, "the same share of bytes for every site"),
 }
 
@@ -150,7 +160,7 @@ def _hull(curve: Curve) -> list[Option]:
     """Vertices of the lower convex hull of (bytes, error), by rising bytes and falling error."""
     hull: list[Option] = []
     for option in curve.options:
-        if hull and option.error >= hull[-1].error:
+        if hull and _error(option) >= _error(hull[-1]):
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
             hull.pop()
@@ -158,13 +168,19 @@ def _hull(curve: Curve) -> list[Option]:
     return hull
 
 
+def _error(option: Option) -> float:
+    if option.error is None:
+        raise ValueError("this allocator compares predicted errors, and the curve has none")
+    return option.error
+
+
 def _slope(first: Option, second: Option) -> float:
-    return (second.error - first.error) / (second.nbytes - first.nbytes)
+    return (_error(second) - _error(first)) / (second.nbytes - first.nbytes)
 
 
 def _steepness(curve: Curve, hull: list[Option], vertex: int) -> float:
-    """Relative error removed per byte by the segment behind a vertex."""
-    return -_slope(hull[vertex], hull[vertex + 1]) / curve.energy if curve.energy else 0.0
+    """Share of the energy that the segment behind a vertex saves, for the share of the site's bytes that it takes."""
+    return -_slope(hull[vertex], hull[vertex + 1]) * curve.dense_bytes / curve.energy if curve.energy else 0.0
 
 
 def _too_small(curve: Curve, came: str) -> str:

@@ -1,11 +1,12 @@
 """What inputs look like: replay of a model block by block, one block in memory at a time.
 
 Once per batch the model runs with every block's forward replaced by a stub that notes its arguments and returns its
-input; then the real blocks are called in turn, each with the arguments noted for it and the hidden state that the former
-returned.  The arguments of every block are noted, since hybrid models hand different masks and positions to different
-blocks.  Stubs need no weights, so the blocks stay on the meta device until their turn.
+input; then the real blocks are called in turn, each with the arguments noted for it and the hidden state that the
+former returned.  The arguments of every block are noted, since hybrid models hand different masks and positions to
+different blocks.  Stubs need no weights, so the blocks stay on the meta device until their turn.
 
-`use_cache=False` is vital: with a cache a block that is replayed would attend to keys that an earlier replay left there.
+`use_cache=False` is vital: with a cache a block that is replayed would attend to keys that an earlier replay left
+there.
 """
 
 import copy
@@ -67,8 +68,8 @@ class Windows:
 def read_windows(asked: Calibration, tokenizer: Any, config: Any, seed: int, first_token: int | None) -> Windows:
     """Cut the calibration text into windows of token numbers.
 
-    `first_token`: number of the token that the model needs at the start of every text, or None; it takes the place of the
-    first token of each window.  Raises RecipeError for a text with less than one window.
+    `first_token`: number of the token that the model needs at the start of every text, or None; it takes the place of
+    the first token of each window.  Raises RecipeError for a text with less than one window.
     """
     length = window_length(config, asked.length)
     texts = [read_text(source, "calibration") for source in asked.source]
@@ -265,13 +266,13 @@ def _note(base: nn.Module, anatomy: Anatomy, rows: Tensor) -> tuple[Tensor, list
         calls.append(_Call(arguments, keywords))
         return hidden
 
-    stack = base.get_submodule(_common_path(anatomy, base))
-    for block in stack:
+    blocks = list(base.get_submodule(_common_path(anatomy, base)).children())
+    for block in blocks:
         block.forward = stub
     try:
         base(rows, use_cache=False)
     finally:
-        for block in stack:
+        for block in blocks:
             del block.forward
     return first[0], calls
 

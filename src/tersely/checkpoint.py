@@ -1,9 +1,9 @@
 """Model folders: read block by block, written shard by shard.
 
 A `Source` is a checked folder whose tensors are mapped into memory one by one; its skeleton has the right modules, our
-kinds included, on the meta device.  A checkpoint whose tensors bear other names than the modules they load into (old hub
-names, pickled files, experts stored one by one) is first rewritten once under the modules' names, so that everything
-after this line reads one way.
+kinds included, on the meta device.  A checkpoint whose tensors bear other names than the modules they load into (old
+hub names, pickled files, experts stored one by one) is first rewritten once under the modules' names, so that
+everything after this line reads one way.
 """
 
 import copy
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,9 @@ def locate(model: str, revision: str | None = None) -> Path:
             raise RecipeError(f"--revision {revision} was given with the local folder {model}; it applies to hub names")
         return folder
     if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise CheckpointError(f"{model}: no such folder; give a folder with config.json, or a hub name such as owner/name")
+        raise CheckpointError(
+            f"{model}: no such folder; give a folder with config.json, or a hub name such as owner/name"
+        )
     ignored = ["*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot", "original/*", "onnx/*", "openvino/*"]
     try:
         return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
@@ -148,8 +151,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> "PreTrained
         raise CheckpointError(f"{folder / 'config.json'}: not JSON ({error})") from error
     if "auto_map" in plain and not trust_remote_code:
         raise CheckpointError(
-            f"{folder}: the checkpoint brings its own Python code ({', '.join(plain['auto_map'].values())}), which is not "
-            "run unless you allow it with --trust-remote-code"
+            f"{folder}: the checkpoint brings its own Python code ({', '.join(plain['auto_map'].values())}), which is "
+            "not run unless you allow it with --trust-remote-code"
         )
     foreign = plain.get("quantization_config", {}).get("quant_method", METHOD)
     if foreign != METHOD:
@@ -163,8 +166,8 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> "PreTrained
 def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> Source:
     """Open a folder after checking its headers: all files complete, every parameter present with the right shape.
 
-    Raises CheckpointError for what is missing, truncated or misshapen, AnatomyError for a class that does not exist, and
-    `ForeignNamesError` where the tensors' names are not those of the modules (see `rewrite_names`).
+    Raises CheckpointError for what is missing, truncated or misshapen, AnatomyError for a class that does not exist,
+    and `ForeignNamesError` where the tensors' names are not those of the modules (see `rewrite_names`).
     """
     config = read_config(folder, trust_remote_code=trust_remote_code)
     headers = read_headers(folder)
@@ -183,11 +186,15 @@ def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bo
             if name not in tied:
                 missing.append(name)
         elif found.shape != shape:
-            raise CheckpointError(f"{found.file}: {found.name} has shape {found.shape}, the configuration wants {shape}")
+            raise CheckpointError(
+                f"{found.file}: {found.name} has shape {found.shape}, the configuration wants {shape}"
+            )
         elif name not in tied:
             stored[name] = found
     if missing:
-        raise ForeignNamesError(f"{folder}: {len(missing)} parameters are not stored under their names ({missing[0]}, …)")
+        raise ForeignNamesError(
+            f"{folder}: {len(missing)} parameters are not stored under their names ({missing[0]}, …)"
+        )
     return Source(folder, config, stored, _dtype_of(config, stored, dtype))
 
 
@@ -203,9 +210,11 @@ def rewrite_names(folder: Path, destination: Path, *, trust_remote_code: bool = 
     config = read_config(folder, trust_remote_code=trust_remote_code)
     cls = model_class(config)
     try:
-        model, report = cls.from_pretrained(folder, config=config, output_loading_info=True)
+        model, report = load_with_report(folder, cls, config=config)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it ({str(error).strip().partition(chr(10))[0]})") from error
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({str(error).strip().partition(chr(10))[0]})"
+        ) from error
     if report["missing_keys"]:
         shown = ", ".join(sorted(report["missing_keys"])[:5])
         raise CheckpointError(f"{folder}: weights are missing for {shown}; the checkpoint is not complete")
@@ -213,6 +222,15 @@ def rewrite_names(folder: Path, destination: Path, *, trust_remote_code: bool = 
     state = model.state_dict()
     write_shards(destination, {name: state[name] for name in _untied(model)}, lambda name: state[name], 2 * 10**9)
     model.config.save_pretrained(destination)
+
+
+def load_with_report(
+    folder: Path, cls: type["PreTrainedModel"], config: "PreTrainedConfig | None" = None
+) -> tuple["PreTrainedModel", dict[str, Any]]:
+    """The model as transformers opens it, and what it says of missing, unexpected and mismatched weights."""
+    both: Any = cls.from_pretrained(folder, config=config, dtype="auto", output_loading_info=True)
+    model, report = both
+    return model, report
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -229,11 +247,13 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
+                for name in opened.keys():
                     piece = opened.get_slice(name)
                     headers[name] = Stored(folder / file, name, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
         except (SafetensorError, KeyError) as error:
-            raise CheckpointError(f"{folder / file}: truncated or damaged ({error}); fetch or write it again") from error
+            raise CheckpointError(
+                f"{folder / file}: truncated or damaged ({error}); fetch or write it again"
+            ) from error
     return headers
 
 
@@ -252,9 +272,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], device: str) -> None:
     module.load_state_dict({name: tensor.to(device) for name, tensor in state.items()}, strict=True, assign=True)
 
 
-def write_shards(
-    folder: Path, like: Mapping[str, Tensor], tensor: Callable[[str], Tensor], shard_bytes: int
-) -> None:
+def write_shards(folder: Path, like: Mapping[str, Tensor], tensor: Callable[[str], Tensor], shard_bytes: int) -> None:
     """Write named tensors as transformers would: one file, or shards and an index; only one shard is held at a time.
 
     `like` gives names in order with the shape and dtype of each (meta tensors will do), `tensor` the numbers.
@@ -295,7 +313,7 @@ def write_model(
 def carry(source: Path, destination: Path) -> None:
     """Copy what a model is used with: tokenizer, generation settings, templates, licence."""
     for path in carried_files(source):
-        commit(destination / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary) and None)
+        commit(destination / path.name, partial(shutil.copyfile, path))
 
 
 def carried_files(folder: Path) -> Iterator[Path]:

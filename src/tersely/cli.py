@@ -1,6 +1,9 @@
 """The command line.  Nothing heavy is imported before a command runs, so that ``--help`` answers at once."""
 
 import json
+import os
+import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -17,17 +20,17 @@ from tersely.errors import NumericalError, RecipeError, TerselyError
 if TYPE_CHECKING:
     from tersely.recipe import Recipe
 
-LOOK, MAKE, PROVE, SHIP = "Look", "Make", "Prove", "Ship"
+LOOK, MAKE, PROVE, SHIP = "look", "make", "prove", "ship"
 
 # Options that take several values, and how many positional arguments their commands have.
-SEVERAL = {"--text", "--calibrate", "--evaluate", "--set", "--target"}
-POSITIONALS = {"compress": 2, "eval": 1, "plan": 1}
+SEVERAL = {"--text", "--calibrate", "--evaluate", "--set", "--target", "--keep"}
+POSITIONALS = {"bench": 2, "compress": 2, "eval": 1, "plan": 1}
 
 app = typer.Typer(
     help="Makes language models smaller and proves that they still work.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 console = Console(soft_wrap=True, highlight=False)
@@ -77,9 +80,12 @@ def spread(arguments: list[str]) -> list[str]:
 
 
 @app.callback()
-def settings(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
+def settings(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
     global debugging
     debugging = debug
+    # what the libraries say of opening folders would drown what is said here
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 Model = Annotated[str, typer.Argument(help="A model folder or a hub name.", show_default=False)]
@@ -109,12 +115,9 @@ Order = Annotated[str | None, typer.Option(help="Calibration windows: random, or
 @app.command("list", rich_help_panel=LOOK)
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """Every method, allocator and kind: name, paper, what it needs, options."""
-    from tersely.catalogue import catalogue, catalogue_table
+    from tersely.catalogue import catalogue, catalogue_text
 
-    if as_json:
-        sys.stdout.write(json.dumps(catalogue(), indent=1) + "\n")
-    else:
-        console.print(catalogue_table())
+    sys.stdout.write((json.dumps(catalogue(), indent=1) if as_json else catalogue_text()) + "\n")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -208,11 +211,15 @@ def compress(
     if dry_run:
         from tersely.estimate import estimate, estimate_table
 
-        console.print(estimate_table(estimate(asked, out)))
-        return
-    ready = prepare(asked, out, fresh=fresh)
+        console.print(estimate_table(estimate(asked)))
+    was_there = out.exists()
+    ready = prepare(asked, out, fresh=fresh and not dry_run)
     for warning in ready.warnings:
         _say(f"warning: {warning}")
+    if dry_run:
+        if not was_there:
+            shutil.rmtree(out, ignore_errors=True)  # a checkpoint with foreign names was renamed there
+        return
     with _working(), Reporter() as progress:
         result = run(ready, statistics=statistics, progress=progress)
     console.print(outcome_table(result.report))
@@ -271,6 +278,43 @@ def verify(out: Annotated[Path, typer.Argument(help="A folder that tersely wrote
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel=PROVE)
+def bench(
+    family: Annotated[str, typer.Argument(help="Which systems: low-rank.")],
+    model: Model,
+    file: Annotated[Path, typer.Option("--json", help="Where rows go; one that holds some is gone on with.")],
+    text: Annotated[list[str] | None, typer.Option(help="Texts to measure on.", metavar="TEXT…")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help="Sizes.", metavar="KEEP…")] = None,
+    calibrate: Calibrate = None,
+    samples: Samples = None,
+    length: Length = None,
+    order: Order = None,
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows of each text.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Systems side by side on one model, as JSON and a table beside it."""
+    from tersely.bench import FAMILIES, Bench, markdown, run_bench
+    from tersely.errors import unknown
+    from tersely.journal import commit_text
+    from tersely.progress import Reporter
+    from tersely.recipe import Calibration
+
+    _threads(threads)
+    if family not in FAMILIES:
+        raise RecipeError(unknown("bench", family, FAMILIES))
+    asked: dict[str, Any] = {"source": calibrate, "samples": samples, "length": length, "order": order}
+    calibration = Calibration(**{key: value for key, value in asked.items() if value is not None})
+    keeps, texts = keep or [0.9, 0.8, 0.6, 0.4], text or ["stdlib"]
+    job = Bench(model, FAMILIES[family], keeps, texts, calibration, length, windows, seed or 0, device or "cpu")
+    command = shlex.join(["tersely", *spread(sys.argv[1:])])
+    with _working(), Reporter() as progress:
+        rows = run_bench(job, file, command, progress)
+    commit_text(file.with_suffix(".md"), markdown(rows, command))
+    console.print(f"written: {file} and {file.with_suffix('.md')}")
+
+
 @app.command(rich_help_panel=SHIP)
 def generate(
     model: Model,
@@ -317,7 +361,14 @@ def _recipe(
 
     plain: dict[str, Any] = {}
     if file is not None:
-        step = {"--method": method, "--keep": keep, "--bits": bits, "--size": size, "--target": target, "--set": settings}
+        step = {
+            "--method": method,
+            "--keep": keep,
+            "--bits": bits,
+            "--size": size,
+            "--target": target,
+            "--set": settings,
+        }
         given = [flag for flag, value in step.items() if value is not None]
         if given:
             raise RecipeError(f"{', '.join(given)} and --recipe: what a step does stands in the recipe")
@@ -328,8 +379,8 @@ def _recipe(
         step = {"method": method, "keep": keep, "bits": bits, "size": size, "target": target} | _pairs(settings or [])
         plain["step"] = [{key: value for key, value in step.items() if value is not None}]
     calibration = {"source": calibrate, "samples": samples, "length": length, "order": order}
-    given = {key: value for key, value in calibration.items() if value is not None}
-    plain["calibration"] = plain.get("calibration", {}) | given
+    said = {key: value for key, value in calibration.items() if value is not None}
+    plain["calibration"] = plain.get("calibration", {}) | said
     if evaluate is not None:
         plain["evaluation"] = plain.get("evaluation", {}) | {"text": evaluate}
     top = {"model": model, "seed": seed, "device": device, "dtype": dtype, "revision": revision}
@@ -389,6 +440,6 @@ def _say(line: str) -> None:
 
 def _fail(line: str, status: int) -> None:
     if debugging:
-        raise  # noqa: PLE0704 (called from an except clause)
+        raise
     _say(f"error: {line}")
     raise SystemExit(status)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from threading import Thread
+from typing import Any
 
 import torch
 from transformers import TextIteratorStreamer
@@ -29,11 +30,12 @@ def stream(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     failure: list[BaseException] = []
+    writer: Any = opened  # transformers does not say in types what `can_generate` has told
 
     def work() -> None:
         torch.manual_seed(seed)
         try:
-            opened.generate(**given, **drawing, max_new_tokens=tokens, streamer=streamer)
+            writer.generate(**given, **drawing, max_new_tokens=tokens, streamer=streamer)
         except BaseException as error:  # handed to the caller's thread
             failure.append(error)
             streamer.end()

@@ -1,9 +1,9 @@
 """Teaches transformers to open our folders.
 
-`config.json` carries ``quantization_config = {"quant_method": "tersely", "version": 1, "modules": {name: spec}}``.  While
-`from_pretrained` holds the model's skeleton on the meta device, each named module is replaced by its kind, and the weights
-are then loaded by name: no modelling file, no remote code.  Afterwards the model is an ordinary one, which may be moved,
-cast, trained and saved; only its config still carries the manifest.
+`config.json` carries ``quantization_config = {"quant_method": "tersely", "version": 1, "modules": {name: spec}}``.
+While `from_pretrained` holds the model's skeleton on the meta device, each named module is replaced by its kind, and
+the weights are then loaded by name: no modelling file, no remote code.  Afterwards the model is an ordinary one, which
+may be moved, cast, trained and saved; only its config still carries the manifest.
 
 `register_lazily` costs nothing: it registers at once if transformers has been loaded, else at the moment it is.
 """
@@ -34,7 +34,9 @@ def read_manifest(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """name → spec from a ``quantization_config``.  Raises CheckpointError for one that is newer than this release."""
     version = config.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
-        raise CheckpointError(f"the manifest has version {version!r}, this tersely reads up to {VERSION}; upgrade tersely")
+        raise CheckpointError(
+            f"the manifest has version {version!r}, this tersely reads up to {VERSION}; upgrade tersely"
+        )
     return config["modules"]
 
 

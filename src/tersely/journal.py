@@ -21,7 +21,7 @@ from tersely.errors import CheckpointError
 FOLDER = ".tersely"
 
 
-def commit(path: Path, write: Callable[[Path], None]) -> None:
+def commit(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour, sync it, and rename it to `path`; readable as the umask says."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.unlink(missing_ok=True)
@@ -36,7 +36,7 @@ def commit(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def commit_text(path: Path, text: str) -> None:
-    commit(path, lambda temporary: temporary.write_bytes(text.encode()) and None)
+    commit(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def commit_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -48,7 +48,7 @@ def commit_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, mapped into memory rather than read."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 class Journal:
@@ -75,6 +75,8 @@ class Journal:
             return
         started = self.folder / "run.json"
         if not started.is_file():
+            if [path.name for path in out.iterdir()] == [FOLDER]:
+                return  # stopped before the run began, while the checkpoint was being renamed
             raise CheckpointError(f"{out} exists and holds no unfinished run; choose another folder or remove it")
         if fresh:
             shutil.rmtree(out)

@@ -15,8 +15,6 @@ import torch
 from tersely.anatomy import Anatomy, anatomy_of, model_class
 from tersely.calibrate import StatisticsStore
 from tersely.checkpoint import Source, locate, open_source, read_config, read_headers, read_tokenizer, write_model
-from tersely.sweeps import Job, Outcome, Progress
-from tersely.sweeps import compress as run_sweeps
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation.memory import peak_memory
 from tersely.journal import Journal, commit_text
@@ -25,6 +23,8 @@ from tersely.recipe import Calibration, Recipe, Step, parse_size
 from tersely.report.card import model_card
 from tersely.report.page import page
 from tersely.report.rows import Report, Row, SiteRow, size_rows
+from tersely.sweeps import Job, Outcome, Progress
+from tersely.sweeps import compress as run_sweeps
 from tersely.verify import CHECKSUMS, checksums
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def compress(
 ) -> Result:
     """Compress a model folder (or hub name) with one method into a new folder.
 
-    Exactly one of `keep` (fraction of the targets' bytes), `bits` (per target weight) and `size` (of the whole folder) is
-    given.  `options` are the method's own fields.  Raises TerselyError with nothing written for a bad request.
+    Exactly one of `keep` (fraction of the targets' bytes), `bits` (per target weight) and `size` (of the whole folder)
+    is given.  `options` are the method's own fields.  Raises TerselyError with nothing written for a bad request.
     """
     step = Step(method, list(target), keep, bits, size, allocate, propagate, options=dict(options or {}))  # type: ignore[arg-type]
     calibration = Calibration(list(calibrate), samples, length)
@@ -79,7 +79,8 @@ def compress(
 def load(model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> "PreTrainedModel":
     """Open a folder or hub model with the class that its configuration names."""
     folder = locate(str(model))
-    return model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).to(device)
+    model_on_cpu: Any = model_class(read_config(folder)).from_pretrained(folder, dtype=dtype)
+    return model_on_cpu.to(device)
 
 
 def evaluate(
@@ -99,9 +100,11 @@ def evaluate(
 
     The fields are those of ``tersely eval --json``; one that was not measured is absent.
     """
-    named = isinstance(model, str | Path)
-    folder = locate(str(model if named else model.name_or_path))
-    opened = load(folder, dtype=dtype, device=device) if named else model
+    if isinstance(model, str | Path):
+        folder = locate(str(model))
+        opened = load(folder, dtype=dtype, device=device)
+    else:
+        folder, opened = locate(str(model.name_or_path)), model
     dense = load(against, dtype=opened.dtype, device=device) if isinstance(against, str | Path) else against
     return measure(
         opened,
@@ -128,7 +131,7 @@ def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progres
     journal.begin()
     source, anatomy = prepared.source, prepared.anatomy
     done: list[tuple[Job, Outcome]] = []
-    for number, step in enumerate(recipe.step):
+    for number in range(len(recipe.step)):
         target = out if number + 1 == len(recipe.step) else journal.folder / f"step-{number}"
         job = _job(prepared, number, source, anatomy, statistics, progress)
         outcome = run_sweeps(job)
@@ -198,7 +201,7 @@ def _content(source: Source) -> str:
     digest = hashlib.sha256()
     for name in sorted(source.stored):
         digest.update(name.encode())
-        digest.update(source.tensor(name).contiguous().view(torch.uint8).numpy())
+        digest.update(source.tensor(name).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -207,7 +210,11 @@ def _report(prepared: Prepared, done: Sequence[tuple[Job, Outcome]], result: Sou
     selected = {site.name for job, _ in done for site in job.sites}
     # a later step may address the parts of what an earlier one left behind: what counts is the linear they came from
     targets = [s for s in anatomy.sites if any(n == s.name or n.startswith(f"{s.name}.") for n in selected)]
-    dense = [s.name for s in targets if f"{s.name}.weight" in result.stored and result.stored[f"{s.name}.weight"].shape != (0,)]
+    dense = [
+        s.name
+        for s in targets
+        if f"{s.name}.weight" in result.stored and result.stored[f"{s.name}.weight"].shape != (0,)
+    ]
     coverage = anatomy.coverage(targets) + (f"; {len(dense)} targets left dense" if dense else "")
     seconds: dict[str, float] = {}
     for _, outcome in done:

@@ -27,11 +27,11 @@ from tersely.checkpoint import (
     read_tokenizer,
     rewrite_names,
 )
-from tersely.sweeps import dense_bytes, size_curves
 from tersely.errors import CheckpointError, RecipeError, unknown
 from tersely.journal import Journal
 from tersely.methods import METHODS, Method
 from tersely.recipe import Recipe, Step
+from tersely.sweeps import dense_bytes, size_curves
 from tersely.text import read_text, window_length
 
 if TYPE_CHECKING:
@@ -54,20 +54,43 @@ class Prepared:
     """None for data-free methods, unless a text was named to measure their errors on."""
     journal: Journal
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What the headers of a model say about a recipe."""
+
+    source: Source
+    anatomy: Anatomy
+    methods: tuple[Method, ...]
+    sites: tuple[Site, ...]
+    """Targets of the first step; those of later ones are known when the steps before them are done."""
+    budget: int
     disk_bytes: int
-    """Free bytes that the run needs at its peak, result included."""
 
 
-def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
-    """Check a recipe.  Raises TerselyError for whatever is wrong with it.
+def examine(recipe: Recipe, rewritten: Path) -> Examined:
+    """Check a recipe against names, configuration and headers; no tensor is read.
 
-    Nothing is written, with one exception: a checkpoint whose tensors do not bear the modules' names is rewritten inside
-    `out` before it can be checked further (see `checkpoint.rewrite_names`).
+    A checkpoint whose tensors do not bear the modules' names is first loaded and stored in the folder `rewritten` (see
+    `checkpoint.rewrite_names`); nothing else is written.
     """
-    methods = [build_method(step.method, step.options) for step in recipe.step]
+    methods = tuple(build_method(step.method, step.options) for step in recipe.step)
     for step in recipe.step:
         build_allocator(step.allocate)
     _check_device(recipe.device)
+    source = _open(locate(recipe.model, recipe.revision), recipe, rewritten)
+    anatomy = anatomy_of(source.skeleton())
+    sites = anatomy.select(recipe.step[0].target)
+    budget = check_budget(recipe.step[0], methods[0], sites, source)
+    return Examined(source, anatomy, methods, sites, budget, disk_needed(recipe, source, sites))
+
+
+def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
+    """Check everything about a recipe.  Raises TerselyError for whatever is wrong with it.
+
+    Nothing is written, except inside `out` for a checkpoint whose tensors must be renamed (see `examine`).
+    """
     folder = locate(recipe.model, recipe.revision)
     config = read_config(folder, trust_remote_code=recipe.trust_remote_code)
     tokenizer = read_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
@@ -75,27 +98,27 @@ def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
         raise CheckpointError(f"{out} is the model itself; choose another folder for the result")
     journal = Journal(out, identity(recipe, folder))
     journal.check(fresh=fresh)
-    for source_of_text in recipe.evaluation.text:
-        read_text(source_of_text, "evaluation")
-    window_length(config, recipe.evaluation.length)
-    source = _open(folder, recipe, journal)
-    anatomy = anatomy_of(source.skeleton())
-    sites = anatomy.select(recipe.step[0].target)
-    check_budget(recipe.step[0], methods[0], sites, source)
+    for text in recipe.evaluation.text:
+        read_text(text, "evaluation")
+    if recipe.evaluation.text:
+        window_length(config, recipe.evaluation.length)
+    found = examine(recipe, journal.folder / "source")
     windows, warnings = None, []
-    if any(method.needs for method in methods) or recipe.calibration.source != ["stdlib"]:
-        first_token = tokenizer.bos_token_id if anatomy.needs_first_token else None
+    if any(method.needs for method in found.methods) or recipe.calibration.source != ["stdlib"]:
+        first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
         windows = read_windows(recipe.calibration, tokenizer, config, recipe.seed, first_token)
-        warnings = [w for w in (windows.shortage(max(site.in_features for site in sites)),) if w]
-    disk = disk_needed(recipe, source, sites)
-    _check_disk(out, disk)
-    source.check_finite()
-    resolved = _resolved(recipe, methods, source, windows)
-    return Prepared(resolved, out, source, anatomy, tokenizer, windows, journal, tuple(warnings), disk)
+        warnings = [w for w in (windows.shortage(max(site.in_features for site in found.sites)),) if w]
+    _check_disk(out, found.disk_bytes)
+    found.source.check_finite()
+    resolved = _resolved(recipe, found.methods, found.source, windows)
+    return Prepared(resolved, out, found.source, found.anatomy, tokenizer, windows, journal, tuple(warnings))
 
 
 def build_method(name: str, options: Mapping[str, Any]) -> Method:
-    """A method from its name and fields.  Raises RecipeError for an unknown one of either, or a value of a wrong kind."""
+    """A method from its name and fields.
+
+    Raises RecipeError for an unknown one of either, or a value of a wrong kind.
+    """
     if name not in METHODS:
         raise RecipeError(unknown("method", name, METHODS))
     known = [f.name for f in fields(METHODS[name])]  # type: ignore[arg-type]
@@ -131,8 +154,8 @@ def budget_bytes(step: Step, sites: Sequence[Site], source: Source) -> int:
     return min(left, dense)
 
 
-def check_budget(step: Step, method: Method, sites: Sequence[Site], source: Source) -> None:
-    """Raises RecipeError for a budget below the smallest that the method can do; needs shapes alone."""
+def check_budget(step: Step, method: Method, sites: Sequence[Site], source: Source) -> int:
+    """The budget in bytes.  Raises RecipeError for one below the smallest that the method can do."""
     curves, budget = size_curves(sites, method, source), budget_bytes(step, sites, source)
     if not build_allocator(step.allocate).needs_errors:
         build_allocator(step.allocate).divide(curves, budget)
@@ -143,6 +166,7 @@ def check_budget(step: Step, method: Method, sites: Sequence[Site], source: Sour
             f"step {step.method!r}: a budget of {budget} bytes for the targets, whose smallest form takes {smallest}; "
             f"keep at least {smallest / dense:.4f}"
         )
+    return budget
 
 
 def spills(step: Step, method: Method) -> bool:
@@ -161,25 +185,20 @@ def disk_needed(recipe: Recipe, source: Source, sites: Sequence[Site]) -> int:
 
 def identity(recipe: Recipe, folder: Path) -> str:
     """What a run is a run of: the recipe, and the model's files by name, size and time of change."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
+    files = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()
+    )
     return hashlib.sha256(repr((recipe.fingerprint(), files)).encode()).hexdigest()
 
 
-def _open(folder: Path, recipe: Recipe, journal: Journal) -> Source:
+def _open(folder: Path, recipe: Recipe, rewritten: Path) -> Source:
     dtype, trust = recipe.dtype, recipe.trust_remote_code
     try:
         return open_source(folder, dtype=dtype, trust_remote_code=trust)
     except ForeignNamesError:
-        rewritten = journal.folder / "source"
-        if not (rewritten / "config.json").exists():
-            new = not journal.folder.parent.exists()
-            try:
-                journal.begin()
-                rewrite_names(folder, rewritten, trust_remote_code=trust)
-            except CheckpointError:
-                if new:
-                    shutil.rmtree(journal.folder.parent)
-                raise
+        if not (rewritten / "config.json").exists():  # written last: without it an earlier try was cut short
+            shutil.rmtree(rewritten, ignore_errors=True)
+            rewrite_names(folder, rewritten, trust_remote_code=trust)
         source = open_source(rewritten, dtype=dtype, trust_remote_code=trust)
         source.carried_from = folder
         return source
@@ -203,7 +222,8 @@ def _check_device(device: str) -> None:
 
 
 def _check_disk(out: Path, needed: int) -> None:
-    """Raises CheckpointError if the disk has less free than a run takes; part of it may be there from an earlier try."""
+    """Raises CheckpointError if the disk has less free than a run takes; part of it may be there from an earlier
+    try."""
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     present = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.exists() else 0

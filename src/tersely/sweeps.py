@@ -64,7 +64,8 @@ class Job:
 
     @cached_property
     def needs(self) -> tuple[type[Statistic], ...]:
-        """What is gathered: what the method reads, and the Gram matrix, which tells the error that a site really makes."""
+        """What is gathered: what the method reads, and the Gram matrix, which tells the error that a site really
+        makes."""
         return tuple(dict.fromkeys([*self.method.needs, Gram])) if self.windows is not None else ()
 
     def in_block(self, index: int) -> tuple[Site, ...]:
@@ -159,7 +160,9 @@ def _compressed_blocks(job: Job, blocks: Blocks, plan: Plan, clock: "_Clock") ->
     finished = [_read_unit(job, index) for index in range(count)]
     if all(finished) or job.windows is None or job.step.propagate == "none":
         # a finished block is skipped by its own unit; nothing depends on the ones before
-        dense = _dense_statistics(job, blocks, job.needs, clock) if not all(finished) else ((i, {}) for i in range(count))
+        dense = (
+            _dense_statistics(job, blocks, job.needs, clock) if not all(finished) else ((i, {}) for i in range(count))
+        )
         for index, stats in dense:
             yield index, finished[index] or _cut_at_once(job, blocks.dense(index), index, stats, plan, clock)
         return
@@ -184,9 +187,7 @@ def _cut_at_once(
     return _commit_unit(job, index, unit)
 
 
-def _cut_in_stream(
-    job: Job, block: nn.Module, index: int, replay: Replay, plan: Plan, clock: "_Clock"
-) -> _Unit:
+def _cut_in_stream(job: Job, block: nn.Module, index: int, replay: Replay, plan: Plan, clock: "_Clock") -> _Unit:
     """Compress a block on the inputs that come out of the compressed blocks before it.
 
     With ``propagate = "input"`` the sites are taken in groups that read one input, and the later groups observe a block
@@ -215,19 +216,19 @@ def _cut_site(job: Job, block: nn.Module, site: Site, stats: Stats, choice: Choi
         unit.errors[site.name] = 0.0
         return
     inside = site.name.removeprefix(f"{job.anatomy.blocks[site.block]}.")
-    linear = block.get_submodule(inside)
-    weight = _weight(linear.weight.detach(), site)
+    state = block.get_submodule(inside).state_dict()
+    weight = _weight(state["weight"], site)
     try:
         kind = job.method.compress(weight, stats, choice.amount)
         _check_finite(kind, site)
-    except (NumericalError, torch.linalg.LinAlgError) as error:
+    except (NumericalError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         if job.step.on_failure == "raise":
             raise NumericalError(f"{site.name}: {error}") from error
         unit.degraded[site.name] = str(error)
         unit.errors[site.name] = 0.0
         return
     if site.bias:
-        kind.set_bias(linear.bias.detach())
+        kind.set_bias(state["bias"])
     unit.errors[site.name] = _relative_error(weight, kind, stats)
     unit.replaced[site.name] = kind.spec(), {n: t.cpu() for n, t in kind.state_dict().items()}
     block.set_submodule(inside, kind)

@@ -104,12 +104,15 @@ def window_length(config: "PreTrainedConfig", asked: int | None = None) -> int:
     if length < 2:
         raise RecipeError(f"length {length}; wanted 2 or more tokens, since the first of a window is not predicted")
     if context is not None and length > context:
-        raise RecipeError(f"length {length} is beyond the model's context of {context}; give --length {context} or less")
+        raise RecipeError(
+            f"length {length} is beyond the model's context of {context}; give --length {context} or less"
+        )
     return length
 
 
 def stdlib_documents(split: str) -> Iterator[tuple[str, str]]:
-    """(name, text) of every standard-library source file and documentation topic of a split, in a mixed, fixed order."""
+    """(name, text) of every standard-library source file and documentation topic of a split, in a mixed, fixed
+    order."""
     root = Path(sysconfig.get_path("stdlib"))
     documents = [*_stdlib_sources(root), *_stdlib_topics(root)]
     if not documents:

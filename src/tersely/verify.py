@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tersely.anatomy import model_class
-from tersely.checkpoint import open_source, read_config, read_tokenizer
+from tersely.checkpoint import load_with_report, open_source, read_config, read_tokenizer
 from tersely.errors import CheckpointError, TerselyError
 from tersely.hf import read_manifest
 from tersely.journal import FOLDER
@@ -41,7 +41,9 @@ def verify(folder: Path) -> Iterator[Check]:
     if (folder / FOLDER).exists():
         raise CheckpointError(f"{folder} holds an unfinished run; give its command again to finish it")
     if not (folder / CHECKSUMS).is_file():
-        raise CheckpointError(f"{folder} has no {CHECKSUMS}; tersely did not write it, so there is nothing to verify against")
+        raise CheckpointError(
+            f"{folder} has no {CHECKSUMS}; tersely did not write it, so there is nothing to verify against"
+        )
     yield _check("checksums", lambda: _checksums(folder))
     yield _check("manifest", lambda: _manifest(folder))
     yield _check("weights", lambda: _weights(folder))
@@ -84,10 +86,12 @@ def _weights(folder: Path) -> str:
 
 def _reopens(folder: Path) -> str:
     read_tokenizer(folder)
-    model, report = model_class(read_config(folder)).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, report = load_with_report(folder, model_class(read_config(folder)))
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
-        raise CheckpointError(f"transformers found missing, unexpected or misshapen weights: {', '.join(map(str, wrong[:5]))}")
+        raise CheckpointError(
+            f"transformers found missing, unexpected or misshapen weights: {', '.join(map(str, wrong[:5]))}"
+        )
     return f"opens as {type(model).__name__}"
 
 

@@ -143,8 +143,8 @@ def cut(
 ) -> Windows:
     """Tokenise a text and cut it into windows, as the head of this file defines them.
 
-    `length` is in tokens (default: `text.window_length`), `stride` too (default: `length`).  `first_token` asks for BOS in
-    front of every window.  `limit` keeps the first so many windows.
+    `length` is in tokens (default: `text.window_length`), `stride` too (default: `length`).  `first_token` asks for BOS
+    in front of every window.  `limit` keeps the first so many windows.
 
     Raises RecipeError for a length that is beyond the model's context or below 2, a stride that is not within 1 and
     the length, a limit below 1, a tokenizer without BOS where one is wanted, one that makes tokens the model does not

@@ -1,12 +1,12 @@
 """What a linear can become.
 
-A kind is an `nn.Module` that describes itself in plain values (`spec`), is rebuilt from them on any device (`from_spec`),
-knows its bytes, and can say which dense weight it stands for.
+A kind is an `nn.Module` that describes itself in plain values (`spec`), is rebuilt from them on any device
+(`from_spec`), knows its bytes, and can say which dense weight it stands for.
 
-Every kind reserves the stock name ``weight`` with a tensor of no elements.  A reader that knows nothing of tersely finds
-the name it expects with an impossible shape, and refuses the checkpoint; without this guard transformers would warn about
-an unknown quantization method, fill the weight with random numbers, and go on.  It costs no bytes but its name in the
-header.
+Every kind reserves the stock name ``weight`` with a tensor of no elements.  A reader that knows nothing of tersely
+finds the name it expects with an impossible shape, and refuses the checkpoint; without this guard transformers would
+warn about an unknown quantization method, fill the weight with random numbers, and go on.  It costs no bytes but its
+name in the header.
 """
 
 from abc import ABC, abstractmethod

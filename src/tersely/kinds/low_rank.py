@@ -1,7 +1,7 @@
 """A weight as a product of two thin ones: W' = up · down.
 
-`down` (in → rank) and `up` (rank → out) are plain `nn.Linear`, so that a later step may quantize ``q_proj.down`` like any
-other linear.  The bias sits in `up`.
+`down` (in → rank) and `up` (rank → out) are plain `nn.Linear`, so that a later step may quantize ``q_proj.down`` like
+any other linear.  The bias sits in `up`.
 """
 
 from typing import Self

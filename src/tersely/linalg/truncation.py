@@ -28,8 +28,8 @@ from tersely.errors import NumericalError
 class OutputBasis:
     """The eigenvectors U and eigenvalues of W M Wᵀ, by falling energy; everything float64, k = min(out, in).
 
-    For a tall weight U = Q V is kept in its parts, Q as the Householder reflectors of W = Q R: no product is formed that
-    a truncation would mostly throw away.
+    For a tall weight U = Q V is kept in its parts, Q as the Householder reflectors of W = Q R: no product is formed
+    that a truncation would mostly throw away.
     """
 
     energy: Float[Tensor, " k"]

@@ -29,7 +29,9 @@ def model_card(report: Report, licence: str | None) -> str:
     ]
     for row in report.rows:
         ratio = "–" if row.ratio is None else f"{row.ratio:.3f}"
-        lines.append(f"| {row.name} | {format_value(row.value, row.unit)} | {format_value(row.before, row.unit)} | {ratio} |")
+        lines.append(
+            f"| {row.name} | {format_value(row.value, row.unit)} | {format_value(row.before, row.unit)} | {ratio} |"
+        )
     lines += ["", *_quality(report), *_cautions(report)]
     lines.append("Every setting is in `recipe.toml`, every site in `plan.json` and `report.json`.")
     return "\n".join(lines) + "\n"
@@ -39,7 +41,10 @@ def _quality(report: Report) -> list[str]:
     texts = text_rows(report.evaluation)
     if not texts:
         return ["Quality was not measured during compression: run `tersely eval` on this folder.", ""]
-    lines = ["| text | windows × length | perplexity | dense | KL (nats/token) | top-1 agreement |", "|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| text | windows × length | perplexity | dense | KL (nats/token) | top-1 agreement |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for text in texts:
         lines.append(
             f"| {text['text']} | {text['windows']} × {text['length']} | {text['perplexity']:.3f} | "

@@ -1,15 +1,26 @@
 """The report as one HTML file that needs no network: a table of sizes, of quality, and of every site."""
 
 from importlib.resources import files
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from tersely.report.rows import Report, format_value
 
 
 def page(report: Report) -> str:
-    """Self-contained HTML.  All text is escaped: a model may be named anything."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    """Self-contained HTML of one run."""
+    return render("page.html.jinja", report=report)
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder, filled.  All text is escaped: a model may be named anything."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_read)
+    )
     environment.filters["quantity"] = format_value
-    template = environment.from_string(files("tersely.report").joinpath("page.html.jinja").read_text(encoding="utf-8"))
-    return template.render(report=report)
+    return environment.get_template(template).render(**values)
+
+
+def _read(name: str) -> str:
+    return files("tersely.report").joinpath("templates", name).read_text(encoding="utf-8")

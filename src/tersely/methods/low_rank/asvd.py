@@ -4,9 +4,9 @@ With s_j the mean (or largest) |x_j| over calibration and S = diag(s^alpha), min
 truncated SVD with a diagonal metric.  alpha = 0 is plain SVD.
 
 Departures from the authors' code: the truncation is exact, where theirs is randomised without oversampling; silent
-channels are kept from zero by a floor relative to the mean scale, where theirs adds an absolute 1e-6, so that the result
-does not depend on the scale of the activations; the undone scaling never appears, since W' = U_r U_rᵀ W needs no inverse.
-Their rank search is an allocator, not part of this file.
+channels are kept from zero by a floor relative to the mean scale, where theirs adds an absolute 1e-6, so that the
+result does not depend on the scale of the activations; the undone scaling never appears, since W' = U_r U_rᵀ W needs no
+inverse.  Their rank search is an allocator, not part of this file.
 
 Source: Yuan et al., ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models, 2023,
 section 3 (arXiv 2312.05821).

@@ -17,7 +17,9 @@ def rank_sizes(shape: tuple[int, int], itemsize: int) -> list[Option]:
 def rank_options(weight: Float[Tensor, "out in"], basis: OutputBasis) -> list[Option]:
     """Every rank with its bytes and the energy it leaves behind."""
     sizes = rank_sizes((weight.shape[0], weight.shape[1]), weight.element_size())
-    return [Option(size.amount, size.nbytes, left) for size, left in zip(sizes, basis.left_over().tolist())]
+    return [
+        Option(size.amount, size.nbytes, left) for size, left in zip(sizes, basis.left_over().tolist(), strict=True)
+    ]
 
 
 def low_rank(

@@ -1,8 +1,8 @@
 """Plain truncated SVD: the best rank r in the weight's own norm, blind to the data.
 
-Minimises ‖W - W'‖² over W' of rank r; what is left is the sum of the squares of the dropped singular values.  On trained
-language models this is known to ruin perplexity at 5 to 20 % removed: inputs are far from isotropic.  It is the baseline
-of every other method, and the right tool for differences of weights.
+Minimises ‖W - W'‖² over W' of rank r; what is left is the sum of the squares of the dropped singular values.  On
+trained language models this is known to ruin perplexity at 5 to 20 % removed: inputs are far from isotropic.  It is the
+baseline of every other method, and the right tool for differences of weights.
 
 Source: Eckart and Young, The approximation of one matrix by another of lower rank, Psychometrika 1, 1936.
 """

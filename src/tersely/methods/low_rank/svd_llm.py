@@ -1,13 +1,13 @@
 """Truncated SVD of a weight in the metric of its inputs.
 
 Minimises E‖(W - W')x‖² over W' of rank r.  The paper whitens: with E[x xᵀ] = S Sᵀ it truncates the SVD of W S and maps
-back by S⁻¹, and the error left is the sum of the squares of the dropped singular values.  The same W' is U_r U_rᵀ W with
-U the eigenvectors of W E[x xᵀ] Wᵀ: no root, no inverse, nothing that a rank-deficient matrix could break (see
+back by S⁻¹, and the error left is the sum of the squares of the dropped singular values.  The same W' is U_r U_rᵀ W
+with U the eigenvectors of W E[x xᵀ] Wᵀ: no root, no inverse, nothing that a rank-deficient matrix could break (see
 `linalg.truncation`).
 
-Departures from the authors' code: theirs takes a Cholesky factor of the Gram matrix, adds an absolute constant where that
-fails, and inverts it explicitly; ours does neither.  Their update of U on shifted inputs and their fine-tuning are steps
-of their own.  `damping` mixes a little of the identity into the metric: directions that calibration never excited
+Departures from the authors' code: theirs takes a Cholesky factor of the Gram matrix, adds an absolute constant where
+that fails, and inverts it explicitly; ours does neither.  Their update of U on shifted inputs and their fine-tuning are
+steps of their own.  `damping` mixes a little of the identity into the metric: directions that calibration never excited
 would otherwise be dropped without any price.
 
 Source: Wang et al., SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, 2024,
@@ -35,7 +35,9 @@ class WhitenedSVD:
     damping: float = 1e-6
     """Added to the diagonal of the Gram matrix, as a fraction of the mean input power (no unit)."""
 
-    paper: ClassVar[str] = "Wang et al., 2024, SVD-LLM: Truncation-aware Singular Value Decomposition (arXiv 2403.07378)"
+    paper: ClassVar[str] = (
+        "Wang et al., 2024, SVD-LLM: Truncation-aware Singular Value Decomposition (arXiv 2403.07378)"
+    )
     summary: ClassVar[str] = "truncated SVD in the metric of the inputs (whitening)"
 
     def __post_init__(self) -> None:

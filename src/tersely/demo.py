@@ -1,0 +1,77 @@
+"""The main job on the bundled model: calibrate, three methods at two sizes, a table, a report."""
+
+import shutil
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from rich.table import Table
+
+from tersely.bench import Bench, Entry, Row, markdown, run_bench
+from tersely.errors import CheckpointError
+from tersely.journal import commit_text
+from tersely.recipe import Calibration
+from tersely.report.comparison import comparison_page
+from tersely.report.rows import format_value
+from tersely.sweeps import Progress
+
+KEEPS = (0.8, 0.6)
+ENTRIES = (
+    Entry("svd"),
+    Entry("asvd"),
+    Entry("svd_llm", propagate="block"),
+    Entry("svd_llm", "greedy", "block"),
+)
+WINDOWS = 128
+MARK = "demo.json"
+
+
+def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
+    """Compress the bundled model in every way of `ENTRIES`, evaluate, and write folders, JSON and a page into `out`.
+
+    Calibration and evaluation text are disjoint modules of this Python's standard library.  A demo that was finished is
+    made anew; any other folder is refused.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).is_file():
+            raise CheckpointError(f"{out} exists and is no demo; choose another folder or remove it")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with as_file(files("tersely").joinpath("assets/demo")) as model:
+        bench = Bench(
+            model=str(model),
+            entries=ENTRIES,
+            keeps=KEEPS,
+            texts=["stdlib"],
+            calibration=Calibration(["stdlib"]),
+            windows=WINDOWS,
+        )
+        rows = run_bench(bench, out / MARK, "tersely demo", progress, keep_folders=out)
+    shutil.rmtree(out / "statistics")
+    commit_text(out / "table.md", markdown(rows, "tersely demo"))
+    page = out / "report.html"
+    commit_text(page, comparison_page("The bundled model, compressed", rows))
+    return demo_table(rows), page
+
+
+def demo_table(rows: list[Row]) -> Table:
+    first = rows[0]
+    protocol = first["protocol"]
+    said = f"{protocol['windows']} windows of {protocol['length']} tokens of the standard library"
+    title = f"dense perplexity {first['dense_perplexity']:.3f} on {said}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    table.add_column("allocation")
+    for name in ("keep", "folder", "perplexity", "of dense", "KL, nats", "same token"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            row["options"]["allocate"],
+            f"{row['keep']}",
+            format_value(row["bytes"], "bytes"),
+            f"{row['perplexity']:.2f}",
+            f"{row['perplexity'] / row['dense_perplexity']:.2f}×",
+            f"{row['kl']:.3f}",
+            f"{row['top1']:.3f}",
+        )
+    return table

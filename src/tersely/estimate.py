@@ -1,0 +1,150 @@
+"""What a run would take, from headers alone: bytes, memory, disk, time.
+
+Sizes are exact.  Memory counts what is held at the worst moment: one block and its compressed twin, the hidden states
+of all windows, the statistics of one block, and the largest factorisation.  Time counts floating-point operations and
+divides by what this machine reaches on two small probes, a product and an eigenproblem; expect it within a factor of
+two.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from tersely.anatomy import Site
+from tersely.calibrate import TOKENS_AT_ONCE
+from tersely.prepare import Examined, build_allocator, examine
+from tersely.recipe import Recipe
+from tersely.report.rows import format_value
+from tersely.sweeps import dense_bytes
+from tersely.text import window_length
+
+PROCESS = 400 * 10**6  # the interpreter with torch and transformers loaded
+EIGH = 9  # operations per n³ that a symmetric eigenproblem with vectors is counted as
+DOUBLE = 8  # bytes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    coverage: str
+    roles: dict[str, tuple[int, int]]
+    """Role → linears touched, bytes they take now."""
+    model_bytes: int
+    touched_bytes: int
+    budget: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Check a recipe as far as headers tell, write nothing, run nothing, and say what it would take."""
+    with tempfile.TemporaryDirectory() as work:
+        found = examine(recipe, Path(work) / "source")
+        roles: dict[str, tuple[int, int]] = {}
+        for site in found.sites:
+            count, nbytes = roles.get(site.role, (0, 0))
+            roles[site.role] = count + 1, nbytes + dense_bytes(site, found.source)
+        return Estimate(
+            coverage=found.anatomy.coverage(found.sites),
+            roles=roles,
+            model_bytes=found.source.nbytes(),
+            touched_bytes=sum(nbytes for _, nbytes in roles.values()),
+            budget=found.budget,
+            disk_bytes=found.disk_bytes,
+            memory_bytes=_memory(recipe, found),
+            seconds=_seconds(recipe, found),
+        )
+
+
+def estimate_table(figures: Estimate) -> Table:
+    table = Table(title=figures.coverage, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for role, (count, nbytes) in figures.roles.items():
+        table.add_row(f"{count} × {role}", format_value(nbytes, "bytes"))
+    table.add_section()
+    after = figures.model_bytes - figures.touched_bytes + figures.budget
+    table.add_row("touched weights, now", format_value(figures.touched_bytes, "bytes"))
+    table.add_row("touched weights, at most afterwards", format_value(figures.budget, "bytes"))
+    table.add_row("whole model, now", format_value(figures.model_bytes, "bytes"))
+    table.add_row("whole model, at most afterwards", format_value(after, "bytes"))
+    table.add_section()
+    table.add_row("peak memory, about", format_value(figures.memory_bytes, "bytes"))
+    table.add_row("disk while it runs, at most", format_value(figures.disk_bytes, "bytes"))
+    table.add_row("time, about", _duration(figures.seconds))
+    return table
+
+
+def _tokens(recipe: Recipe, found: Examined) -> int:
+    length = window_length(found.source.config, recipe.calibration.length)
+    return recipe.calibration.samples * length if any(method.needs for method in found.methods) else 0
+
+
+def _memory(recipe: Recipe, found: Examined) -> int:
+    source, anatomy = found.source, found.anatomy
+    itemsize = source.dtype.itemsize
+    block = max(sum(source.stored_bytes(n) for n in source.stored if n.startswith(f"{b}.")) for b in anatomy.blocks)
+    outside = source.nbytes() - sum(
+        source.stored_bytes(n) for n in source.stored if n.startswith(tuple(f"{b}." for b in anatomy.blocks))
+    )
+    hidden = source.config.get_text_config().hidden_size
+    stream = _tokens(recipe, found) * hidden * itemsize
+    first = [site for site in anatomy.sites if site.block == 0]
+    grams = sum({s.reads: DOUBLE * s.in_features**2 for s in first}.values()) if stream else 0
+    widest = max(max(s.in_features, s.out_features) for s in first)
+    batch = 4 * TOKENS_AT_ONCE * widest * itemsize if stream else 0
+    work = max(
+        DOUBLE * (3 * s.in_features * s.out_features + 3 * min(s.in_features, s.out_features) ** 2) for s in first
+    )
+    return PROCESS + outside + 2 * block + stream + grams + max(batch, work)
+
+
+def _seconds(recipe: Recipe, found: Examined) -> float:
+    """Sweeps over the blocks, statistics, and factorisations, at the speed of this machine."""
+    tokens, sites = _tokens(recipe, found), found.sites
+    step = recipe.step[0]
+    weights = sum(found.source.elements(n) for n in found.source.stored if n.startswith(found.anatomy.blocks))
+    needs_curves = build_allocator(step.allocate).needs_errors
+    streams = needs_curves + {"none": 0 if needs_curves else 1, "block": 2, "input": 5}[step.propagate]
+    forward = 2.0 * tokens * weights * streams
+    inputs = {site.reads: site.in_features for site in sites}
+    grams = sum(2.0 * tokens * width**2 for width in inputs.values()) * (1 + needs_curves)
+    factorise = sum(_eigen_operations(site) for site in sites) * (1.2 if needs_curves else 1.0)
+    products = _rate(lambda: _product(512), 2.0 * 512**3)
+    eigen = _rate(lambda: _eigen(256), EIGH * 256.0**3)
+    return (forward + grams) / products + factorise / eigen
+
+
+def _eigen_operations(site: Site) -> float:
+    small, large = sorted((site.in_features, site.out_features))
+    return EIGH * small**3 + 2.0 * small * large * (large + small)
+
+
+def _rate(work: Callable[[], object], operations: float) -> float:
+    """Operations per second of a small probe, best of five."""
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return operations / min(times)
+
+
+def _product(width: int) -> torch.Tensor:
+    square = torch.ones(width, width)
+    return square @ square
+
+
+def _eigen(width: int) -> object:
+    return torch.linalg.eigh(torch.eye(width, dtype=torch.float64) + 1)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

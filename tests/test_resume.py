@@ -1,0 +1,399 @@
+"""A run that is stopped anywhere goes on and ends with the same bytes; statistics serve every later run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tersely import checkpoint, journal, sweeps
+from tersely.errors import CheckpointError, RecipeError
+from tersely.methods import METHODS
+from tersely.pipeline import run
+from tersely.prepare import prepare
+from tersely.recipe import Calibration, Recipe, Step
+from tersely.verify import verify
+
+# What does not tell when and how often a run was interrupted.
+SAME = ("model.safetensors", "config.json", "plan.json", "recipe.toml", "tokenizer.json", "LICENSE")
+
+
+@pytest.fixture
+def recipe(model_folder: Callable[..., Path], text_file: Path) -> Recipe:
+    """One step: a sweep for the curves, a sweep that compresses."""
+    return Recipe(str(model_folder()), [Step("svd_llm", keep=0.6)], Calibration([str(text_file)], 4, 16))
+
+
+class Kill:
+    """Stops runs after so many files are in their places, or in the middle of writing the last of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written = 0
+        self._usual, self._patch = journal.commit, monkeypatch
+
+    @contextmanager
+    def at(self, count: int, *, midway: bool = False) -> Iterator[None]:
+        self.written = 0
+
+        def commit(path: Path, write: Callable[[Path], None]) -> None:
+            self.written += 1
+            if self.written == count and midway:
+                self._usual(path, lambda temporary: half(temporary, write))
+            self._usual(path, write)
+            if self.written == count:
+                raise KeyboardInterrupt
+
+        def half(temporary: Path, write: Callable[[Path], None]) -> None:
+            write(temporary)
+            os.truncate(temporary, temporary.stat().st_size // 2)
+            raise KeyboardInterrupt
+
+        with self._patch.context() as patch:
+            for module in (journal, checkpoint):
+                patch.setattr(module, "commit", commit)
+            yield
+
+
+@pytest.fixture
+def kill(monkeypatch: pytest.MonkeyPatch) -> Kill:
+    return Kill(monkeypatch)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in SAME}
+
+
+def stopped(recipe: Recipe, out: Path) -> bool:
+    """Whether a run was stopped before its end."""
+    try:
+        run(prepare(recipe, out))
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def two_steps(recipe: Recipe) -> Recipe:
+    """The second step, data-free, takes the factors of the first one; the first one is not part of the result."""
+    mlp, factors = replace(recipe.step[0], target=["mlp"]), Step("svd", target=["attention.q", "*.up"], keep=0.7)
+    return replace(recipe, step=[mlp, factors])
+
+
+def spilling(recipe: Recipe) -> Recipe:
+    """Statistics of the dense model go through the disk."""
+    return replace(recipe, step=[replace(recipe.step[0], propagate="none")])
+
+
+def sharded(recipe: Recipe) -> Recipe:
+    return replace(recipe, step=[replace(recipe.step[0], allocate="uniform", propagate="input")], shard_size="20KB")
+
+
+@pytest.mark.parametrize("midway", [False, True], ids=["between files", "in the middle of one"])
+def test_stopped_anywhere_it_ends_with_the_same_bytes(midway, recipe, kill, tmp_path):
+    """Between files with two sweeps over the model; in their middle with one sweep and statistics on the disk."""
+    recipe = spilling(recipe) if midway else recipe
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    with kill.at(0):
+        run(prepare(recipe, whole))
+    wanted, names, files = contents(whole), {path.name for path in whole.iterdir()}, kill.written
+    assert files > 20
+    for count in range(1, files + 1, 2 if midway else 1):
+        with kill.at(count, midway=midway):
+            assert stopped(recipe, out)
+        run(prepare(recipe, out))
+        assert contents(out) == wanted, f"stopped at file {count}"
+        assert {path.name for path in out.iterdir()} == names, f"stopped at file {count}"
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("change", [two_steps, sharded], ids=lambda change: change.__name__)
+def test_stopped_again_and_again_it_ends_with_the_same_bytes(change, recipe, kill, tmp_path):
+    """A little later each time."""
+    recipe = change(recipe)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(prepare(recipe, whole))
+    count, going = 0, True
+    while going:
+        count += 2
+        with kill.at(count, midway=count % 4 == 0):
+            going = stopped(recipe, out)
+    assert count > 10
+    for path in whole.iterdir():
+        if path.suffix in (".safetensors", ".toml") or path.name in ("config.json", "plan.json", checkpoint.INDEX):
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert all(check.passed for check in verify(out))
+
+
+def pickled(folder: Path) -> Path:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def test_a_checkpoint_that_must_be_renamed_first_goes_on_too(recipe, kill, copy_of, model_folder, tmp_path):
+    recipe = replace(recipe, model=str(pickled(copy_of(model_folder()))))
+    run(prepare(recipe, tmp_path / "whole"))
+    for count in (1, 2, 3):
+        for midway in (False, True):
+            out = tmp_path / f"out-{count}-{midway}"
+            with kill.at(count, midway=midway):
+                assert stopped(recipe, out)
+            run(prepare(recipe, out))
+            assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_was_renamed_for_one_model_never_serves_another(recipe, kill, copy_of, model_folder, tmp_path):
+    one = pickled(copy_of(model_folder()))
+    with kill.at(2, midway=True):  # all weights are renamed, and nothing says yet for which run
+        assert stopped(replace(recipe, model=str(one)), tmp_path / "out")
+    shutil.move(one, tmp_path / "one")
+    # the same shapes, other numbers
+    tensors = {name: tensor.flip(0) for name, tensor in load_file(model_folder() / "model.safetensors").items()}
+    torch.save(tensors, tmp_path / "one" / "pytorch_model.bin")
+    shutil.copytree(tmp_path / "one", one)
+    for out, fresh in ((tmp_path / "out", True), (tmp_path / "whole", False)):
+        run(prepare(replace(recipe, model=str(one)), out, fresh=fresh))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_renamed_checkpoint_leaves_nothing_where_the_recipe_is_wrong(recipe, copy_of, model_folder, tmp_path):
+    dense = str(pickled(copy_of(model_folder())))
+    (tmp_path / "short.txt").write_text("w5 w6")
+    short = replace(recipe, model=dense, calibration=replace(recipe.calibration, source=[str(tmp_path / "short.txt")]))
+    with pytest.raises(RecipeError, match="2 tokens"):
+        prepare(short, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+KILLED = """
+import json, os, sys
+from pathlib import Path
+from tersely import checkpoint, journal
+from tersely.pipeline import run
+from tersely.prepare import prepare
+from tersely.recipe import recipe_from
+
+usual, left = journal.commit, [int(sys.argv[3])]
+
+def commit(path, write):
+    usual(path, write)
+    left[0] -= 1
+    if not left[0]:
+        os._exit(77)
+
+journal.commit = checkpoint.commit = commit
+run(prepare(recipe_from(json.loads(sys.argv[1])), Path(sys.argv[2])))
+"""
+
+
+def test_another_process_goes_on_with_what_a_killed_one_left(recipe, tmp_path):
+    plain = asdict(recipe)
+    plain["step"] = [{k: v for k, v in step.items() if v is not None} for step in plain["step"]]
+    plain = {key: value for key, value in plain.items() if value is not None}
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(plain), str(out), "8"], capture_output=True, text=True
+    )
+    assert done.returncode == 77, done.stderr
+    assert (out / ".tersely" / "run.json").is_file()
+    assert not (out / "config.json").exists()
+    run(prepare(recipe, out))
+    run(prepare(recipe, tmp_path / "whole"))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_finished_blocks_are_not_compressed_again(recipe, kill, tmp_path, monkeypatch):
+    cut: list[int] = []
+    usual = METHODS["svd_llm"].compress
+
+    def compress(method: Any, weight: Any, stats: Any, amount: int) -> Any:
+        cut.append(amount)
+        return usual(method, weight, stats, amount)
+
+    with kill.at(8):  # of the run, of the step, two curves, the plan, two of the first block, one of the second
+        assert stopped(recipe, tmp_path / "out")
+    monkeypatch.setattr(METHODS["svd_llm"], "compress", compress)
+    run(prepare(recipe, tmp_path / "out"))
+    resumed = len(cut)
+    run(prepare(recipe, tmp_path / "whole"))
+    assert 0 < resumed < len(cut) - resumed
+
+
+def test_stopped_while_tidying_up_it_is_still_one_or_the_other(recipe, tmp_path, monkeypatch):
+    """Either the run is finished and verifies, or the same command goes on; not neither."""
+    out = tmp_path / "out"
+
+    def first_file_only(folder: Path) -> None:
+        (folder / "run.json").unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    def last_file_remains(folder: Path) -> None:
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path.name != "run.json":
+                path.unlink() if path.is_file() else path.rmdir()
+        raise KeyboardInterrupt
+
+    for order in (first_file_only, last_file_remains):
+        with monkeypatch.context() as patch:
+            patch.setattr(journal.shutil, "rmtree", order)
+            assert stopped(recipe, out)
+        if (out / ".tersely").exists():
+            run(prepare(recipe, out))
+        assert all(check.passed for check in verify(out))
+        assert not (out / ".tersely").exists()
+        shutil.rmtree(out)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unfinished(recipe: Recipe, kill: Kill, tmp_path: Path) -> Path:
+    """A folder with a run of `recipe` that was stopped."""
+    with kill.at(6):
+        assert stopped(recipe, tmp_path / "unfinished")
+    return tmp_path / "unfinished"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_recipe_is_refused_unless_it_starts_over(recipe, unfinished, tmp_path):
+    out, before = unfinished, snapshot(unfinished)
+    others = {
+        "keep": replace(recipe, step=[replace(recipe.step[0], keep=0.7)]),
+        "seed": replace(recipe, seed=1),
+        "option": replace(recipe, step=[replace(recipe.step[0], options={"damping": 1e-3})]),
+        "calibration": replace(recipe, calibration=replace(recipe.calibration, samples=5)),
+    }
+    for name, other in others.items():
+        with pytest.raises(CheckpointError, match=r"unfinished run of another recipe.*--fresh"):
+            prepare(other, out)
+        assert snapshot(out) == before, name
+    run(prepare(others["keep"], out, fresh=True))
+    run(prepare(others["keep"], tmp_path / "whole"))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_another_model_under_the_same_name_is_another_run(recipe, kill, copy_of, model_folder, tmp_path):
+    dense = copy_of(model_folder())
+    recipe = replace(recipe, model=str(dense))
+    with kill.at(6):
+        assert stopped(recipe, tmp_path / "out")
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(model_folder(tie_word_embeddings=True) / name, dense / name)
+    with pytest.raises(CheckpointError, match="unfinished run of another recipe"):
+        prepare(recipe, tmp_path / "out")
+
+
+def test_a_wrong_recipe_that_would_start_over_destroys_nothing(recipe, unfinished):
+    before = snapshot(unfinished)
+    with pytest.raises(RecipeError, match="smallest"):
+        prepare(replace(recipe, step=[replace(recipe.step[0], keep=1e-5)]), unfinished, fresh=True)
+    assert snapshot(unfinished) == before
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_finished_run_and_a_foreign_folder_are_refused(fresh, recipe, compressed, copy_of, tmp_path):
+    finished, foreign = copy_of(compressed()), tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "diary.txt").write_text("today")
+    (tmp_path / "file").write_text("a file")
+    for out in (finished, foreign, tmp_path / "file"):
+        before = snapshot(out)
+        with pytest.raises(CheckpointError, match=f"{out.name} exists and holds no unfinished run"):
+            prepare(recipe, out, fresh=fresh)
+        assert snapshot(out) == before
+
+
+def test_files_are_on_the_disk_before_they_bear_their_names(tmp_path, monkeypatch):
+    """Or a crash of the machine could leave a name without its content."""
+    happened: list[str] = []
+    rename = Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: happened.append("synced"))
+    monkeypatch.setattr(Path, "replace", lambda old, new: happened.append("renamed") or rename(old, new))
+    journal.commit_text(tmp_path / "file", "text")
+    assert happened == ["synced", "renamed", "synced"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_empty_folder_is_as_good_as_none(recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    run(prepare(recipe, tmp_path / "out"))
+    assert all(check.passed for check in verify(tmp_path / "out"))
+
+
+# --- statistics that are kept -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows with every replay of a model."""
+    begun: list[object] = []
+
+    class Counted(sweeps.Replay):
+        def __init__(self, *arguments: Any) -> None:
+            begun.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(sweeps, "Replay", Counted)
+    return begun
+
+
+@pytest.mark.parametrize(("propagate", "first", "later"), [("none", 1, 0), ("block", 2, 1)])
+def test_statistics_are_measured_once(propagate, first, later, recipe, replays, tmp_path):
+    """Behind compressed blocks there is nothing to reuse: that sweep stays."""
+    recipe = replace(recipe, step=[replace(recipe.step[0], propagate=propagate)])
+    smaller = replace(recipe, step=[replace(recipe.step[0], keep=0.4)])
+    for number, asked in enumerate((recipe, smaller)):
+        plain, kept = tmp_path / f"plain-{number}", tmp_path / f"kept-{number}"
+        run(prepare(asked, plain))
+        replays.clear()
+        run(prepare(asked, kept), statistics=tmp_path / "statistics")
+        assert len(replays) == (later if number else first)
+        assert contents(kept) == contents(plain)
+
+
+def test_statistics_serve_every_choice_of_targets_and_no_other_input(recipe, replays, model_folder, tmp_path):
+    recipe = spilling(recipe)
+    step = recipe.step[0]
+    statistics = tmp_path / "statistics"
+    only_mlp = replace(recipe, step=[replace(step, target=["mlp.down"])])
+    run(prepare(only_mlp, tmp_path / "mlp"), statistics=statistics)
+    others = [
+        (replace(recipe, step=[replace(step, allocate="uniform")]), 0),
+        (replace(recipe, step=[replace(step, options={"damping": 1e-3})]), 0),
+        (replace(recipe, seed=7), 1),
+        (replace(recipe, calibration=replace(recipe.calibration, samples=5)), 1),
+        (replace(recipe, dtype="bfloat16"), 1),
+        (replace(recipe, model=str(model_folder(tie_word_embeddings=True))), 1),
+        (replace(recipe, step=[Step("asvd", keep=0.6, propagate="none")]), 1),
+        (recipe, 0),
+    ]
+    for number, (asked, wanted) in enumerate(others):
+        replays.clear()
+        run(prepare(asked, tmp_path / f"{number}"), statistics=statistics)
+        assert len(replays) == wanted, asked
+        run(prepare(asked, tmp_path / f"{number}-plain"))
+        assert contents(tmp_path / f"{number}") == contents(tmp_path / f"{number}-plain")
+
+
+def test_statistics_that_were_cut_short_are_completed(recipe, kill, tmp_path):
+    recipe = spilling(recipe)
+    run(prepare(recipe, tmp_path / "whole"))
+    for count in (3, 4, 5, 6):
+        out, statistics = tmp_path / f"out-{count}", tmp_path / f"statistics-{count}"
+        with kill.at(count, midway=True), pytest.raises(KeyboardInterrupt):
+            run(prepare(recipe, out), statistics=statistics)
+        run(prepare(recipe, out), statistics=statistics)
+        assert contents(out) == contents(tmp_path / "whole")
