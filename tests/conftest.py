@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported: no test touches the network
+# Read when the libraries are imported.  No test touches the network, and what is printed is what is tested.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import AbstractArray, install_import_hook
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from families import tiny_config, tiny_model
 
@@ -59,7 +60,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerBase:
     """One word, one token; as many as the tiny models know."""
     words = Tokenizer(WordLevel({word: number for number, word in enumerate((*SPECIAL, *WORDS))}, unk_token="<pad>"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -74,7 +75,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+def own_tokenizers() -> dict[str, PreTrainedTokenizerBase]:
+    """Tokenizers of families for which transformers opens no other kind; here one character, one token."""
+    characters = {character: number for number, character in enumerate((*SPECIAL, *"w0123456789Ġ"))}
+    settings = {"unk_token": "<pad>", "pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>"}
+    return {"qwen2": Qwen2Tokenizer(vocab=characters, merges=[], chat_template=CHAT_TEMPLATE, **settings)}
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerBase,
+    own_tokenizers: dict[str, PreTrainedTokenizerBase],
+) -> Callable[..., Path]:
     """A function: family, class of the model, dtype, largest shard, settings of the configuration → a folder as one
     finds them on the hub, with tokenizer, generation settings, licence and a card.  Read-only: copy it to change it."""
     made: dict[Any, Path] = {}
@@ -98,7 +111,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
             if model.can_generate():
                 model.generation_config = GenerationConfig(bos_token_id=2, eos_token_id=1, pad_token_id=0)
             model.save_pretrained(folder, max_shard_size=shard)
-            tokenizer.save_pretrained(folder)
+            own_tokenizers.get(family, tokenizer).save_pretrained(folder)
             (folder / "LICENSE").write_text(LICENCE)
             (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# The card of the base model\n")
             made[key] = folder

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import tersely
 from conftest import CHAT_TEMPLATE, LICENCE
 from families import tiny_batch, tiny_model
 from tersely.checkpoint import locate
-from tersely.errors import AnatomyError, CheckpointError, NumericalError, RecipeError, TerselyError
+from tersely.errors import AnatomyError, CheckpointError, RecipeError, TerselyError
 from tersely.pipeline import compress, run
 from tersely.prepare import prepare
 from tersely.recipe import Calibration, Recipe, Step
@@ -222,6 +222,27 @@ def test_names_that_are_not_the_modules_are_read(family, older, model_folder, co
     assert not list(out.glob("*.bin"))
 
 
+def test_other_safetensors_beside_the_model_are_not_read(model_folder, copy_of, squeeze):
+    """Some folders on the hub hold the weights twice, in another tool's layout; transformers reads one file."""
+    dense = copy_of(model_folder())
+    others = {name: -tensor for name, tensor in tensors_of(dense).items()}
+    for name in ("consolidated.safetensors", "original.safetensors"):
+        save_file(others, dense / name)
+    out = squeeze(dense, keep=1.0)
+    assert torch.equal(logits(out), logits(dense))
+    *_, whole = json.loads((out / "report.json").read_text())["rows"]
+    assert whole["before"] == (dense / WEIGHTS).stat().st_size
+
+
+def test_an_index_that_was_left_behind_is_not_followed(model_folder, copy_of, squeeze):
+    """`save_pretrained` leaves it there when shards give way to one file; transformers prefers the one file."""
+    dense = copy_of(model_folder(shard="20KB"))
+    tersely.load(dense).save_pretrained(dense)
+    assert (dense / INDEX).is_file()
+    assert [file.name for file in dense.glob("*.safetensors")] == [WEIGHTS]
+    assert torch.equal(logits(squeeze(dense, keep=1.0)), logits(dense))
+
+
 def test_files_that_are_links_are_read_and_not_linked(model_folder, squeeze, tmp_path):
     """The cache of the hub holds links to files that are named by their content."""
     linked = tmp_path / "linked"
@@ -309,7 +330,7 @@ def test_weights_that_are_not_finite_are_named(value, model_folder, copy_of, ref
     dense = copy_of(model_folder())
     tensors = tensors_of(dense)
     tensors[name][3, 4] = value
-    refused(store(dense, tensors), rf"NaN or infinite weights in {name};", NumericalError)
+    refused(store(dense, tensors), rf"NaN or infinite weights in {name};", TerselyError)
 
 
 def test_a_folder_without_weights_is_refused(model_folder, copy_of, refused):
@@ -370,8 +391,9 @@ def test_remote_code_is_not_run_unless_allowed(model_folder, copy_of, refused, s
     assert not witness.exists()
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     out = squeeze(dense, trust_remote_code=True)
-    # everything that opens it afterwards must be free to choose again
-    assert AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True) is not None
+    assert witness.exists()
+    assert torch.isfinite(LlamaForCausalLM.from_pretrained(out)(**tiny_batch()).logits).all()
+    # who opens the result is asked again
     with pytest.raises(CheckpointError, match="own Python code"):
         tersely.load(out)
 

@@ -144,11 +144,9 @@ def test_without_tersely_every_folder_is_refused(compressed):
 
 
 def test_imported_before_transformers_it_costs_nothing_and_is_enough(compressed):
-    # asking where a module is must not use up the hook that waits for it
     imports = """
-import tersely, importlib.util
+import tersely
 assert not {"torch", "transformers", "numpy"} & sys.modules.keys(), "import tersely is not free"
-importlib.util.find_spec("transformers.quantizers.auto")
 """
     assert in_a_process_of_its_own(compressed, imports=imports) == expected_outside(compressed)
 

@@ -110,7 +110,7 @@ def test_the_diagonal_of_the_gram_matrix_is_the_power():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [5, 4096, 3 * 4096 + 1])
 def test_the_gram_matrix_of_low_precision_inputs_is_as_accurate_as_one_product(dtype, tokens):
-    """To a few 1e-7 of √(G_ii G_jj), the scale on which a factorisation feels an error; long calibration loses nothing."""
+    """To a few 1e-7 of √(G_ii G_jj), the scale on which a factorisation feels an error, however long calibration is."""
     shared = rows(tokens, 1) * 100  # correlated, loud, and off centre: the sums are far larger than their terms
     x = (shared + rows(tokens, 32, seed=1) + 50).to(dtype)
     gram = gathered(Gram, *x.split(4096)).mean()

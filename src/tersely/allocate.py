@@ -7,6 +7,7 @@ site dense, so that no factorisation larger than what it replaces can ever be ch
 
 import heapq
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +15,7 @@ from tersely.errors import RecipeError
 from tersely.methods import Option
 
 POINTS = 256
-"""A curve keeps this many options: steps of 0.4 % of a site's bytes are finer than any prediction of error."""
+"""A curve with errors keeps this many options: steps of 0.4 % of a site's bytes are finer than any prediction."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def curve_of(site: str, options: Iterable[Option], dense_bytes: int) -> Curve:
     everything = list(options)
     energy = next((o.error for o in everything if o.amount == 0), None)
     useful = [o for o in everything if o.amount != 0 and o.nbytes < dense_bytes]
-    if len(useful) > POINTS:
+    if energy is not None and len(useful) > POINTS:
         step = (len(useful) - 1) / (POINTS - 1)
         useful = [useful[round(i * step)] for i in range(POINTS)]
     dense = Option(None, dense_bytes, None if energy is None else 0.0)
@@ -84,15 +85,18 @@ def curve_of(site: str, options: Iterable[Option], dense_bytes: int) -> Curve:
 
 
 def uniform(curves: Sequence[Curve], budget: int) -> Plan:
-    """The same share for every site: the largest option within budget / dense bytes of its own dense size."""
-    share = budget / sum(curve.dense_bytes for curve in curves)
+    """The same share for every site: its largest option within budget / dense bytes of its own dense size.
+
+    A budget is a whole number of bytes, rounded down from a share that was asked for; every share below that of
+    budget + 1 is therefore granted, and the sum stays within the budget all the same.
+    """
+    dense = sum(curve.dense_bytes for curve in curves)
     chosen = {}
     for curve in curves:
-        # the epsilon lets a share that is exact on paper (0.8 of 10 bytes) survive its rounding in binary
-        limit = share * curve.dense_bytes * (1 + 1e-12)
-        within = [option for option in curve.options if option.nbytes <= limit]
+        within = [option for option in curve.options if option.nbytes * dense < (budget + 1) * curve.dense_bytes]
         if not within:
-            raise RecipeError(_too_small(curve, f"a share of {int(limit)} bytes"))
+            least = max(curve.options[0].nbytes / curve.dense_bytes for curve in curves)
+            raise RecipeError(_too_small(curve, f"a share of {budget * curve.dense_bytes // dense} bytes", least))
         chosen[curve.site] = _choice(curve, within[-1])
     return Plan(budget, chosen)
 
@@ -111,7 +115,8 @@ def greedy(curves: Sequence[Curve], budget: int) -> Plan:
     spent = sum(curve.options[0].nbytes for curve in curves)
     if spent > budget:
         worst = max(curves, key=lambda curve: curve.options[0].nbytes / curve.dense_bytes)
-        raise RecipeError(_too_small(worst, f"a total budget of {budget} bytes where the smallest plan takes {spent}"))
+        came = f"a total budget of {budget} bytes where the smallest plan takes {spent}"
+        raise RecipeError(_too_small(worst, came, spent / sum(curve.dense_bytes for curve in curves)))
     hulls = [_hull(curve) for curve in curves]
     reached = [0] * len(curves)
     queue = [
@@ -183,6 +188,6 @@ def _steepness(curve: Curve, hull: list[Option], vertex: int) -> float:
     return -_slope(hull[vertex], hull[vertex + 1]) * curve.dense_bytes / curve.energy if curve.energy else 0.0
 
 
-def _too_small(curve: Curve, came: str) -> str:
-    least = curve.options[0].nbytes / curve.dense_bytes
-    return f"{curve.site}: {came}; its smallest option takes {curve.options[0].nbytes} bytes: keep at least {least:.3f}"
+def _too_small(curve: Curve, came: str, least: float) -> str:
+    smallest = f"its smallest option takes {curve.options[0].nbytes} bytes"
+    return f"{curve.site}: {came}; {smallest}: keep at least {math.ceil(least * 1000) / 1000}"

@@ -57,7 +57,7 @@ LOW_RANK = (
 )
 """The low-rank systems of this release, uniform and greedy."""
 
-FAMILIES = {"low-rank": LOW_RANK}
+BENCHES = {"low-rank": LOW_RANK}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.initialization import no_init_weights
 
 from tersely.anatomy import model_class
-from tersely.errors import CheckpointError, NumericalError, RecipeError
+from tersely.errors import CheckpointError, RecipeError
 from tersely.hf import METHOD, manifest_config, read_manifest
 from tersely.journal import commit, commit_tensors, commit_text
 from tersely.kinds import Spec, replace_modules
@@ -84,9 +84,7 @@ class Source:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the model, floating ones in `dtype`."""
-        stored = self.stored[name]
-        with safe_open(stored.file, framework="pt") as file:
-            tensor = file.get_tensor(stored.name)
+        tensor = _read(self.stored[name])
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def state(self, prefix: str) -> State:
@@ -116,11 +114,11 @@ class Source:
             return None
 
     def check_finite(self) -> None:
-        """Read everything once.  Raises NumericalError that names the tensors with NaN or infinite entries."""
+        """Read everything once.  Raises CheckpointError that names the tensors with NaN or infinite entries."""
         bad = [name for name in self.stored if not torch.isfinite(self.tensor(name)).all()]
         if bad:
             shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-            raise NumericalError(f"{self.folder}: NaN or infinite weights in {shown}; repair the checkpoint first")
+            raise CheckpointError(f"{self.folder}: NaN or infinite weights in {shown}; repair the checkpoint first")
 
 
 def locate(model: str, revision: str | None = None) -> Path:
@@ -149,10 +147,13 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> "PreTrained
         plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / 'config.json'}: not JSON ({error})") from error
+    if not isinstance(plain, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: no table of settings; wanted a Hugging Face configuration")
     if "auto_map" in plain and not trust_remote_code:
+        named = ", ".join(str(value) for value in dict(plain["auto_map"]).values())
         raise CheckpointError(
-            f"{folder}: the checkpoint brings its own Python code ({', '.join(plain['auto_map'].values())}), which is "
-            "not run unless you allow it with --trust-remote-code"
+            f"{folder}: the checkpoint brings its own Python code ({named}), which is not run unless you allow it with "
+            "--trust-remote-code"
         )
     foreign = plain.get("quantization_config", {}).get("quant_method", METHOD)
     if foreign != METHOD:
@@ -175,7 +176,7 @@ def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bo
         raise ForeignNamesError(f"{folder} has no safetensors")
     manifest = read_manifest(config.quantization_config) if getattr(config, "quantization_config", None) else {}
     skeleton = _skeleton(config, manifest)
-    tied = set(getattr(skeleton, "all_tied_weights_keys", {}))
+    tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     prefix = f"{skeleton.base_model_prefix}."
     stored, missing = {}, []
@@ -195,6 +196,13 @@ def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bo
         raise ForeignNamesError(
             f"{folder}: {len(missing)} parameters are not stored under their names ({missing[0]}, …)"
         )
+    for name, original in tied.items():
+        twice = headers.get(name)
+        if twice is not None and original in stored and not torch.equal(_read(twice), _read(stored[original])):
+            raise CheckpointError(
+                f"{folder}: {name} differs from {original}, to which the configuration ties it; set "
+                "tie_word_embeddings to false in config.json, or remove the one that is not meant"
+            )
     return Source(folder, config, stored, _dtype_of(config, stored, dtype))
 
 
@@ -236,8 +244,13 @@ def load_with_report(
 def read_headers(folder: Path) -> dict[str, Stored]:
     """Name → header of every tensor in the folder's safetensors.  Raises CheckpointError for damaged files."""
     index = folder / INDEX
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if (folder / WEIGHTS).is_file():  # as transformers prefers it, whatever else lies beside it
+        files = [WEIGHTS]
+    elif index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index}: damaged ({error}); fetch or write it again") from error
         absent = [file for file in files if not (folder / file).is_file()]
         if absent:
             raise CheckpointError(f"{folder}: the index names {', '.join(absent)}, which is not there; fetch it again")
@@ -277,6 +290,7 @@ def write_shards(folder: Path, like: Mapping[str, Tensor], tensor: Callable[[str
 
     `like` gives names in order with the shape and dtype of each (meta tensors will do), `tensor` the numbers.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     split = split_torch_state_dict_into_shards(
         dict(like), filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
     )
@@ -345,6 +359,11 @@ def _untied(model: "PreTrainedModel") -> list[str]:
     """Names of the state dict in order, each tied parameter once."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     return [name for name in model.state_dict() if name not in tied]
+
+
+def _read(stored: Stored) -> Tensor:
+    with safe_open(stored.file, framework="pt") as file:
+        return file.get_tensor(stored.name)
 
 
 def _like(source: Source, name: str) -> Tensor:

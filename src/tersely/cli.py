@@ -26,6 +26,9 @@ LOOK, MAKE, PROVE, SHIP = "look", "make", "prove", "ship"
 SEVERAL = {"--text", "--calibrate", "--evaluate", "--set", "--target", "--keep"}
 POSITIONALS = {"bench": 2, "compress": 2, "eval": 1, "plan": 1}
 
+ALONE = {"--debug", "--dry-run", "--fresh", "--speed", "--trust-remote-code"}
+"""Options that take no value."""
+
 app = typer.Typer(
     help="Makes language models smaller and proves that they still work.",
     no_args_is_help=True,
@@ -71,7 +74,7 @@ def spread(arguments: list[str]) -> list[str]:
             command = argument
         elif option is not None and before != option and positionals >= POSITIONALS.get(command or "", 99):
             result.append(option)
-        elif option is None and not before.startswith("--"):
+        elif option is None and (not before.startswith("--") or "=" in before or before in ALONE):
             positionals += 1
         elif option is not None and before != option:
             option, positionals = None, positionals + 1
@@ -107,7 +110,7 @@ Device = Annotated[str | None, typer.Option(help="Where blocks are computed: cpu
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the processor.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
-Trust = Annotated[bool, typer.Option(help="Accept checkpoints that bring their own code.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Accept checkpoints that bring their own code.")]
 RecipeFile = Annotated[Path | None, typer.Option(help="A TOML recipe of several steps.")]
 Order = Annotated[str | None, typer.Option(help="Calibration windows: random, or the first of the text.")]
 
@@ -233,7 +236,9 @@ def eval_(
     length: Length = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between windows; default: their length.")] = None,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows of each text.")] = None,
-    against: Annotated[str | None, typer.Option(help="The dense model, for KL and agreement.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model (default: what a folder of ours was made from).")
+    ] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second, too.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.", metavar="FILE")] = None,
     device: Device = None,
@@ -242,11 +247,13 @@ def eval_(
 ) -> None:
     """Perplexity with its protocol, KL and top-1 agreement to the dense model, tokens per second, memory."""
     from tersely.journal import commit_text
-    from tersely.pipeline import evaluate
+    from tersely.pipeline import evaluate, recorded_base
     from tersely.progress import Reporter
     from tersely.report.console import evaluation_table
 
     _threads(threads)
+    if against is None and (against := recorded_base(model)) is not None:
+        _say(f"beside the dense model it was made from: {against}")
     with Reporter() as progress:
         figures = evaluate(
             model,
@@ -295,19 +302,19 @@ def bench(
     threads: Threads = None,
 ) -> None:
     """Systems side by side on one model, as JSON and a table beside it."""
-    from tersely.bench import FAMILIES, Bench, markdown, run_bench
+    from tersely.bench import BENCHES, Bench, markdown, run_bench
     from tersely.errors import unknown
     from tersely.journal import commit_text
     from tersely.progress import Reporter
     from tersely.recipe import Calibration
 
     _threads(threads)
-    if family not in FAMILIES:
-        raise RecipeError(unknown("bench", family, FAMILIES))
+    if family not in BENCHES:
+        raise RecipeError(unknown("bench", family, BENCHES))
     asked: dict[str, Any] = {"source": calibrate, "samples": samples, "length": length, "order": order}
     calibration = Calibration(**{key: value for key, value in asked.items() if value is not None})
     keeps, texts = keep or [0.9, 0.8, 0.6, 0.4], text or ["stdlib"]
-    job = Bench(model, FAMILIES[family], keeps, texts, calibration, length, windows, seed or 0, device or "cpu")
+    job = Bench(model, BENCHES[family], keeps, texts, calibration, length, windows, seed or 0, device or "cpu")
     command = shlex.join(["tersely", *spread(sys.argv[1:])])
     with _working(), Reporter() as progress:
         rows = run_bench(job, file, command, progress)
@@ -357,7 +364,7 @@ def _recipe(
     trust_remote_code: bool,
 ) -> "Recipe":
     """The recipe of the flags; with a file, its recipe with what the flags say on top."""
-    from tersely.recipe import recipe_from
+    from tersely.recipe import read_toml, recipe_from
 
     plain: dict[str, Any] = {}
     if file is not None:
@@ -372,12 +379,14 @@ def _recipe(
         given = [flag for flag, value in step.items() if value is not None]
         if given:
             raise RecipeError(f"{', '.join(given)} and --recipe: what a step does stands in the recipe")
-        plain = _toml(file)
+        plain = read_toml(file)
     elif method is None:
         raise RecipeError("give --method NAME, or --recipe FILE; `tersely list` shows the methods")
     else:
-        step = {"method": method, "keep": keep, "bits": bits, "size": size, "target": target} | _pairs(settings or [])
-        plain["step"] = [{key: value for key, value in step.items() if value is not None}]
+        step, pairs = {"method": method, "keep": keep, "bits": bits, "size": size, "target": target}, _pairs(settings)
+        if twice := sorted(step.keys() & pairs.keys()):
+            raise RecipeError(f"--set {twice[0]}: there is an option of its own for that, --{twice[0]}")
+        plain["step"] = [{key: value for key, value in (step | pairs).items() if value is not None}]
     calibration = {"source": calibrate, "samples": samples, "length": length, "order": order}
     said = {key: value for key, value in calibration.items() if value is not None}
     plain["calibration"] = plain.get("calibration", {}) | said
@@ -390,19 +399,10 @@ def _recipe(
     return recipe_from(plain)
 
 
-def _toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"recipe {file}: no such file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"recipe {file}: not TOML ({error})") from error
-
-
-def _pairs(settings: list[str]) -> dict[str, Any]:
+def _pairs(settings: list[str] | None) -> dict[str, Any]:
     """KEY=VALUE with values as TOML writes them; a bare word is a string."""
     pairs: dict[str, Any] = {}
-    for setting in settings:
+    for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
             raise RecipeError(f"--set {setting}: wanted KEY=VALUE, such as alpha=0.5")
@@ -428,10 +428,11 @@ def _working() -> Iterator[None]:
     """Work has begun: what goes wrong from here on leaves a run that can be resumed."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise
-    except TerselyError as error:
-        raise Interrupted(f"{error}; what is done so far is kept") from error
+    except KeyboardInterrupt as error:  # the library would end with 130 and no word
+        raise Interrupted("interrupted; give the same command again to go on") from error
+    except Exception as error:
+        what = str(error) if isinstance(error, TerselyError) else f"{type(error).__name__}: {error}"
+        raise Interrupted(f"{what}; what is done so far is kept, give the same command again to go on") from error
 
 
 def _say(line: str) -> None:

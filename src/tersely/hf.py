@@ -33,7 +33,7 @@ def manifest_config(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def read_manifest(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """name → spec from a ``quantization_config``.  Raises CheckpointError for one that is newer than this release."""
     version = config.get("version")
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
             f"the manifest has version {version!r}, this tersely reads up to {VERSION}; upgrade tersely"
         )
@@ -75,6 +75,14 @@ class _Loader(importlib.abc.Loader):
         _register(module)
 
 
+def _renamed(manifest: dict[str, dict[str, Any]], model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
+    """The manifest of a model with a head, for the bare model, and the other way round."""
+    prefix = f"{model.base_model_prefix}."
+    if model.base_model is model:
+        return {name.removeprefix(prefix): spec for name, spec in manifest.items()}
+    return {n if hasattr(model, n.partition(".")[0]) else prefix + n: spec for n, spec in manifest.items()}
+
+
 def _register(tables: ModuleType) -> None:
     if METHOD in tables.AUTO_QUANTIZER_MAPPING:
         return
@@ -95,12 +103,14 @@ def _register(tables: ModuleType) -> None:
         def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
             from tersely.kinds import replace_modules
 
-            replace_modules(model, read_manifest(self.quantization_config.to_dict()))
+            replace_modules(model, _renamed(read_manifest(self.quantization_config.to_dict()), model))
 
         def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
             # an ordinary model of ordinary modules: without this .float(), .half() and trainers would refuse it
             self.remove_quantization_config(model)
-            model.config.quantization_config = self.quantization_config.to_dict()
+            from tersely.kinds import manifest_of
+
+            model.config.quantization_config = manifest_config(manifest_of(model))
             return model
 
         def is_serializable(self) -> bool:

@@ -57,9 +57,17 @@ class Journal:
     def __init__(self, out: Path, fingerprint: str) -> None:
         self.folder = out / FOLDER
         self._fingerprint = fingerprint
+        self._stale = False
+        self.renamed = self.folder / f"source-{fingerprint[:16]}"
+        """For the weights under the modules' names; of this run alone, since a path may come to hold another model."""
 
     def begin(self) -> bool:
         """Start, or go on with, a run; True if there was one.  Raises CheckpointError where `out` is something else."""
+        if self._stale:
+            for path in [*self.folder.parent.iterdir(), *self.folder.iterdir()]:
+                if path not in (self.folder, self.renamed):
+                    _remove(path)
+            self._stale = False
         started = self.folder / "run.json"
         if started.exists():
             return True
@@ -68,18 +76,18 @@ class Journal:
         return False
 
     def check(self, *, fresh: bool = False) -> None:
-        """Refuse an output that is neither new nor an unfinished run of the same recipe.  Writes nothing, but with
-        `fresh` forgets an unfinished run, whatever its recipe was."""
+        """Refuse an output that is neither new nor an unfinished run of the same recipe.  Writes nothing; with
+        `fresh` an unfinished run of whatever recipe is forgotten once this one begins."""
         out = self.folder.parent
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
         started = self.folder / "run.json"
         if not started.is_file():
-            if [path.name for path in out.iterdir()] == [FOLDER]:
+            if out.is_dir() and [path.name for path in out.iterdir()] == [FOLDER]:
                 return  # stopped before the run began, while the checkpoint was being renamed
             raise CheckpointError(f"{out} exists and holds no unfinished run; choose another folder or remove it")
         if fresh:
-            shutil.rmtree(out)
+            self._stale = True
         elif json.loads(started.read_text())["fingerprint"] != self._fingerprint:
             raise CheckpointError(
                 f"{out} holds an unfinished run of another recipe; go on with that one, choose another folder, "
@@ -104,12 +112,22 @@ class Journal:
     def finish(self) -> None:
         """The output is complete: forget the units."""
         _sync_folder(self.folder.parent)
+        for path in self.folder.iterdir():
+            if path.name != "run.json":  # what says that the run is unfinished goes last
+                _remove(path)
         shutil.rmtree(self.folder)
 
     def _place(self, unit: str) -> Path:
         path = self.folder / unit
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,11 +15,21 @@ import torch
 from tersely.anatomy import Anatomy, anatomy_of, model_class
 from tersely.calibrate import StatisticsStore
 from tersely.checkpoint import Source, locate, open_source, read_config, read_headers, read_tokenizer, write_model
+from tersely.errors import RecipeError
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation.memory import peak_memory
 from tersely.journal import Journal, commit_text
-from tersely.prepare import Prepared, budget_bytes, build_allocator, build_method, identity, prepare, spills
-from tersely.recipe import Calibration, Recipe, Step, parse_size
+from tersely.prepare import (
+    Prepared,
+    budget_bytes,
+    build_allocator,
+    build_method,
+    check_device,
+    identity,
+    prepare,
+    spills,
+)
+from tersely.recipe import Calibration, Step, parse_size, read_recipe, recipe_from
 from tersely.report.card import model_card
 from tersely.report.page import page
 from tersely.report.rows import Report, Row, SiteRow, size_rows
@@ -70,15 +80,28 @@ def compress(
     Exactly one of `keep` (fraction of the targets' bytes), `bits` (per target weight) and `size` (of the whole folder)
     is given.  `options` are the method's own fields.  Raises TerselyError with nothing written for a bad request.
     """
-    step = Step(method, list(target), keep, bits, size, allocate, propagate, options=dict(options or {}))  # type: ignore[arg-type]
-    calibration = Calibration(list(calibrate), samples, length)
-    recipe = Recipe(str(model), [step], calibration, seed=seed, dtype=dtype, device=device)  # type: ignore[arg-type]
+    step = {
+        "method": method,
+        "keep": keep,
+        "bits": bits,
+        "size": size,
+        "target": list(target),
+        "allocate": allocate,
+        "propagate": propagate,
+        "options": dict(options or {}),
+    }
+    calibration = {"source": list(calibrate), "samples": samples, "length": length}
+    plain = {"model": str(model), "step": [step], "calibration": calibration}
+    recipe = recipe_from(plain | {"seed": seed, "dtype": dtype, "device": device})
     return run(prepare(recipe, Path(out)), progress=progress)
 
 
 def load(model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> "PreTrainedModel":
     """Open a folder or hub model with the class that its configuration names."""
     folder = locate(str(model))
+    check_device(device)
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        raise RecipeError(f"dtype {dtype!r}; wanted auto, float32, float16 or bfloat16")
     model_on_cpu: Any = model_class(read_config(folder)).from_pretrained(folder, dtype=dtype)
     return model_on_cpu.to(device)
 
@@ -121,6 +144,15 @@ def evaluate(
     )
 
 
+def recorded_base(model: str) -> str | None:
+    """The local folder that a compressed folder was made from, if its recipe names one that is still there."""
+    recipe = Path(model) / "recipe.toml"
+    if not recipe.is_file():
+        return None
+    base = read_recipe(recipe).model
+    return base if Path(base).is_dir() else None
+
+
 def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progress = quiet) -> Result:
     """Do what was prepared.  Interrupted at any moment, the same call goes on and ends with the same bytes.
 
@@ -137,7 +169,7 @@ def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progres
         outcome = run_sweeps(job)
         done.append((job, outcome))
         write_model(target, source, outcome.replaced, parse_size(recipe.shard_size))
-        source = open_source(target)
+        source = open_source(target, trust_remote_code=recipe.trust_remote_code)
         anatomy = anatomy_of(source.skeleton())
     report = _report(prepared, done, source)
     if recipe.evaluation.text:
@@ -215,7 +247,7 @@ def _report(prepared: Prepared, done: Sequence[tuple[Job, Outcome]], result: Sou
         for s in targets
         if f"{s.name}.weight" in result.stored and result.stored[f"{s.name}.weight"].shape != (0,)
     ]
-    coverage = anatomy.coverage(targets) + (f"; {len(dense)} targets left dense" if dense else "")
+    coverage = anatomy.coverage(targets, dense)
     seconds: dict[str, float] = {}
     for _, outcome in done:
         for stage, spent in outcome.seconds.items():

@@ -8,6 +8,7 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from tersely.checkpoint import (
     read_tokenizer,
     rewrite_names,
 )
-from tersely.errors import CheckpointError, RecipeError, unknown
+from tersely.errors import CheckpointError, RecipeError, TerselyError, unknown
 from tersely.journal import Journal
 from tersely.methods import METHODS, Method
 from tersely.recipe import Recipe, Step
@@ -78,10 +79,15 @@ def examine(recipe: Recipe, rewritten: Path) -> Examined:
     methods = tuple(build_method(step.method, step.options) for step in recipe.step)
     for step in recipe.step:
         build_allocator(step.allocate)
-    _check_device(recipe.device)
+    check_device(recipe.device)
     source = _open(locate(recipe.model, recipe.revision), recipe, rewritten)
     anatomy = anatomy_of(source.skeleton())
     sites = anatomy.select(recipe.step[0].target)
+    for step, method in zip(recipe.step[1:], methods[1:], strict=True):
+        # patterns and factors are for what former steps will have made; what stands in the model now is checked now
+        roles = [word for word in step.target if "*" not in word and word.rpartition(".")[2] not in ("down", "up")]
+        if roles:
+            check_budget(step, method, anatomy.select(roles), source)
     budget = check_budget(recipe.step[0], methods[0], sites, source)
     return Examined(source, anatomy, methods, sites, budget, disk_needed(recipe, source, sites))
 
@@ -91,18 +97,31 @@ def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
 
     Nothing is written, except inside `out` for a checkpoint whose tensors must be renamed (see `examine`).
     """
+    was_there = out.exists()
+    try:
+        return _prepare(recipe, out, fresh)
+    except TerselyError:
+        if not was_there:
+            shutil.rmtree(out, ignore_errors=True)  # weights renamed in vain
+        raise
+
+
+def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     folder = locate(recipe.model, recipe.revision)
     config = read_config(folder, trust_remote_code=recipe.trust_remote_code)
     tokenizer = read_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
     if out.exists() and out.resolve() == folder.resolve():
         raise CheckpointError(f"{out} is the model itself; choose another folder for the result")
+    above = next(place for place in out.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise CheckpointError(f"{out}: {above} is a file; choose another place")
     journal = Journal(out, identity(recipe, folder))
     journal.check(fresh=fresh)
     for text in recipe.evaluation.text:
         read_text(text, "evaluation")
     if recipe.evaluation.text:
         window_length(config, recipe.evaluation.length)
-    found = examine(recipe, journal.folder / "source")
+    found = examine(recipe, journal.renamed)
     windows, warnings = None, []
     if any(method.needs for method in found.methods) or recipe.calibration.source != ["stdlib"]:
         first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
@@ -143,9 +162,10 @@ def budget_bytes(step: Step, sites: Sequence[Site], source: Source) -> int:
     """Bytes that the targets may take.  Raises RecipeError where the asked size leaves them nothing."""
     dense = sum(dense_bytes(site, source) for site in sites)
     if step.keep is not None:
-        return int(step.keep * dense * (1 + 1e-12))  # 0.8 of 10 bytes is 8, though 0.8 in binary is not
+        return int(Fraction(str(step.keep)) * dense)  # 0.8 of 10 bytes is 8, though 0.8 in binary is not
     if step.bits is not None:
-        return min(dense, int(step.bits * sum(site.out_features * site.in_features for site in sites) / 8))
+        weights = sum(site.out_features * site.in_features for site in sites)
+        return min(dense, int(Fraction(str(step.bits)) * weights / 8))
     beside = source.nbytes() - dense + sum(path.stat().st_size for path in carried_files(source.carried_from))
     beside += OVERHEAD + OVERHEAD_PER_SITE * len(sites)
     left = (step.size_bytes or 0) - beside
@@ -213,7 +233,7 @@ def _resolved(recipe: Recipe, methods: Sequence[Method], source: Source, windows
     return replace(recipe, step=steps, calibration=calibration, dtype=str(source.dtype).removeprefix("torch."))  # type: ignore[arg-type]
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

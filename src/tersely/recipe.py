@@ -17,8 +17,11 @@ that names the nearest known one.  The recipe that took effect, defaults include
 import dataclasses
 import hashlib
 import json
+import math
+import re
 import tomllib
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +76,12 @@ class Evaluation:
     windows: int | None = None
     """Only the first so many windows of each text."""
 
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 2:
+            raise RecipeError(f"evaluation: length = {self.length}; wanted 2 or more tokens")
+        if self.windows is not None and self.windows < 1:
+            raise RecipeError(f"evaluation: windows = {self.windows}; wanted 1 or more")
+
 
 @dataclass(frozen=True)
 class Step:
@@ -115,8 +124,10 @@ class Step:
             raise RecipeError(f"step {self.method!r}: give exactly one of keep, bits and size (came: {came})")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise RecipeError(f"step {self.method!r}: keep = {self.keep}; wanted above 0 and at most 1")
-        if self.bits is not None and not self.bits > 0:
+        if self.bits is not None and not 0 < self.bits < math.inf:
             raise RecipeError(f"step {self.method!r}: bits = {self.bits}; wanted above 0")
+        if not self.target:
+            raise RecipeError(f"step {self.method!r}: target is an empty list; name roles or patterns, or all")
         if self.size is not None and parse_size(self.size) <= 0:
             raise RecipeError(f"step {self.method!r}: size = {self.size!r}; wanted above 0 bytes")
 
@@ -150,7 +161,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.step:
             raise RecipeError("a recipe without a step does nothing; add a [[step]]")
-        parse_size(self.shard_size)
+        if parse_size(self.shard_size) <= 0:
+            raise RecipeError(f"shard_size = {self.shard_size!r}; wanted above 0 bytes")
 
     def to_toml(self) -> str:
         """TOML that reads back as this recipe, defaults included (TOML has no null: what is None is left out)."""
@@ -160,17 +172,24 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """Identity of everything that can change the result; two equal recipes have the same one."""
-        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_canonical(dataclasses.asdict(self)), sort_keys=True).encode()).hexdigest()
 
 
 def read_recipe(path: Path) -> Recipe:
     """Raises RecipeError for a file that is missing, is not TOML, or says something unknown."""
+    return recipe_from(read_toml(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain values of a recipe, not validated yet."""
     try:
-        return recipe_from(tomllib.loads(path.read_text(encoding="utf-8")))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe {path}: no such file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path}: not TOML ({error})") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: cannot be read ({error.strerror})") from error
 
 
 def recipe_from(plain: dict[str, Any]) -> Recipe:
@@ -185,12 +204,10 @@ def parse_size(size: int | str) -> int:
     """Bytes of "300MB", "1.5 GB", "4000" (decimal units) or a number."""
     if isinstance(size, int):
         return size
-    text = size.strip().upper().removesuffix("B").strip()
-    factor = {"K": 10**3, "M": 10**6, "G": 10**9}.get(text[-1:], 1)
-    try:
-        return round(float(text.rstrip("KMG")) * factor)
-    except ValueError:
-        raise RecipeError(f"size {size!r}; wanted bytes such as 300MB, 1.5GB or 4000000") from None
+    found = re.fullmatch(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*([KMG]?)B?\s*", size, flags=re.IGNORECASE)
+    if found is None:
+        raise RecipeError(f"size {size!r}; wanted bytes such as 300MB, 1.5GB or 4000000")
+    return int(Fraction(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2].upper()])
 
 
 def _step(plain: Any, number: int) -> dict[str, Any]:
@@ -199,6 +216,8 @@ def _step(plain: Any, number: int) -> dict[str, Any]:
     verbs = [verb for verb in VERBS if verb in plain]
     if len(verbs) != 1:
         raise RecipeError(f"step {number}: wanted exactly one of {', '.join(VERBS)}; its keys: {', '.join(plain)}")
+    if not isinstance(plain.get("options", {}), dict):
+        raise RecipeError(f"step {number}: options = {plain['options']!r}; wanted a table of the method's own fields")
     own = {f.name for f in dataclasses.fields(Step)}
     options = {k: v for k, v in plain.items() if k not in own} | plain.get("options", {})
     return {k: v for k, v in plain.items() if k in own and k != "options"} | {"options": options}
@@ -215,6 +234,15 @@ def _validated(kind: type[Recipe], plain: dict[str, Any]) -> Recipe:
             names = [f.name for f in dataclasses.fields(known)]
             raise RecipeError("recipe: " + unknown("key", str(first["loc"][-1]), names)) from error
         raise RecipeError(f"recipe: {place}: {first['msg']} (came: {first.get('input')!r})") from error
+
+
+def _canonical(value: Any) -> Any:
+    """1 and 1.0 are one number, however they were written."""
+    if isinstance(value, dict):
+        return {k: _canonical(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_canonical(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _without_none(value: Any) -> Any:

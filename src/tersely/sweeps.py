@@ -221,7 +221,7 @@ def _cut_site(job: Job, block: nn.Module, site: Site, stats: Stats, choice: Choi
     try:
         kind = job.method.compress(weight, stats, choice.amount)
         _check_finite(kind, site)
-    except (NumericalError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+    except (NumericalError, torch.linalg.LinAlgError) as error:
         if job.step.on_failure == "raise":
             raise NumericalError(f"{site.name}: {error}") from error
         unit.degraded[site.name] = str(error)

@@ -173,7 +173,7 @@ def _decoded(path: Path) -> str:
 
 def _jsonl(path: Path) -> str:
     documents = []
-    for number, line in enumerate(_decoded(path).splitlines(), start=1):
+    for number, line in enumerate(_decoded(path).split("\n"), start=1):  # records may hold other line separators
         if not line.strip():
             continue
         try:
@@ -182,6 +182,8 @@ def _jsonl(path: Path) -> str:
             raise RecipeError(f"text {path}, line {number}: not JSON ({error.msg}); one JSON record a line") from error
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise RecipeError(f"text {path}, line {number}: no string field 'text' in the record")
+        if not _encodable(record["text"]):
+            raise RecipeError(f"text {path}, line {number}: half a surrogate pair, which is no text; repair the record")
         documents.append(record["text"])
     return SEPARATOR.join(documents)
 
@@ -207,4 +209,15 @@ def _dataset(name: str, purpose: Purpose) -> str:
         raise RecipeError(f"text {name!r}: neither a file nor a dataset that can be loaded ({reason})") from error
     if column not in table.column_names:
         raise RecipeError(f"dataset {name!r} has no column {column!r}; its columns: {', '.join(table.column_names)}")
-    return SEPARATOR.join(table[column])
+    documents = list(table[column])
+    if not all(isinstance(document, str) for document in documents):
+        raise RecipeError(f"dataset {name!r}: records without text in the column {column!r}; filter them out first")
+    return SEPARATOR.join(documents)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -59,6 +59,8 @@ def _check(name: str, run: Callable[[], str]) -> Check:
 
 def _checksums(folder: Path) -> str:
     listed: dict[str, str] = json.loads((folder / CHECKSUMS).read_text())
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{CHECKSUMS} is damaged")
     absent = [name for name in listed if not (folder / name).is_file()]
     if absent:
         raise CheckpointError(f"missing: {', '.join(absent)}")

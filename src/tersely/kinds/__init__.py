@@ -17,13 +17,19 @@ def build(spec: Spec) -> LinearKind:
     """The module that `spec` describes, its numbers uninitialised."""
     if spec.get("kind") not in KINDS:
         raise CheckpointError(unknown("kind", str(spec.get("kind")), KINDS))
-    return KINDS[spec["kind"]].from_spec(spec)
+    try:
+        return KINDS[spec["kind"]].from_spec(spec)
+    except KeyError as error:
+        raise CheckpointError(f"the description of a {spec['kind']} module lacks {error}: {spec}") from error
 
 
 def replace_modules(model: nn.Module, manifest: Mapping[str, Spec]) -> None:
     """Put the modules of a manifest in their places.  Outer names come first, since kinds nest."""
     for name in sorted(manifest, key=lambda name: name.count(".")):
-        model.set_submodule(name, build(manifest[name]))
+        try:
+            model.set_submodule(name, build(manifest[name]))
+        except (AttributeError, CheckpointError) as error:
+            raise CheckpointError(f"{name} of the manifest cannot be built: {error}") from error
 
 
 def manifest_of(model: nn.Module) -> dict[str, Spec]:

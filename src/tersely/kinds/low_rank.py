@@ -14,11 +14,14 @@ from tersely.kinds.base import LinearKind, Spec
 
 
 class LowRankLinear(LinearKind):
+    """W' = up · down, two thin linears."""
+
     name = "low_rank"
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = False) -> None:
         super().__init__(in_features, out_features)
         self.rank = rank
+        self.has_bias = bias
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
 
@@ -40,6 +43,7 @@ class LowRankLinear(LinearKind):
 
     def set_bias(self, bias: Float[Tensor, " out"]) -> None:
         self.up.bias = nn.Parameter(bias.detach().to(self.up.weight, copy=True))
+        self.has_bias = True
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return self.up(self.down(x))
@@ -50,7 +54,7 @@ class LowRankLinear(LinearKind):
             "in_features": self.in_features,
             "out_features": self.out_features,
             "rank": self.rank,
-            "bias": self.up.bias is not None,
+            "bias": self.has_bias,  # not read off `up`, which a later step may have replaced
         }
 
     @classmethod
@@ -58,8 +62,15 @@ class LowRankLinear(LinearKind):
         return cls(spec["in_features"], spec["out_features"], spec["rank"], bias=spec["bias"])
 
     def to_dense(self) -> Float[Tensor, "out in"]:
-        precise = torch.promote_types(self.up.weight.dtype, torch.float32)
-        return self.up.weight.detach().to(precise) @ self.down.weight.detach().to(precise)
+        return _dense(self.up) @ _dense(self.down)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def _dense(factor: nn.Module) -> Float[Tensor, "out in"]:
+    """The weight of a factor, in float32 or better, whatever has become of it."""
+    if isinstance(factor, LinearKind):
+        return factor.to_dense()
+    weight = factor.get_parameter("weight").detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -91,6 +91,8 @@ def output_basis(
         core, reflectors = packed[: weight.shape[1]].triu(), (packed, scales)
     covariance = covariance_of_outputs(core, None if metric is None else metric.double())
     covariance = (covariance + covariance.T) / 2  # equal to its transpose up to rounding; made exactly so
+    if not torch.isfinite(covariance).all():
+        raise NumericalError("the product of weight and input statistic overflows float64; a scale is wrong by far")
     if not vectors:
         return OutputBasis(torch.linalg.eigvalsh(covariance).flip(0).clamp(min=0), None, core, reflectors)
     energy, directions = torch.linalg.eigh(covariance)

@@ -1,11 +1,16 @@
 """The model card that is written into every output folder."""
 
+from pathlib import Path
+
 from tersely.report.rows import Report, format_value, text_rows
 
 
 def model_card(report: Report, licence: str | None) -> str:
     """Markdown with the hub's front matter: what was done, what it saved, what it cost, how to open it."""
-    front = ["---", f"base_model: {report.model}", "library_name: transformers", "tags:", "- tersely", "- compressed"]
+    name, hub = named(report.model)
+    front = ["---", "library_name: transformers", "tags:", "- tersely", "- compressed"]
+    if hub:
+        front.append(f"base_model: {hub}")
     if licence:
         front.append(f"license: {licence}")
     methods = ", ".join(f"`{step['method']}`" for step in report.recipe["step"])
@@ -13,7 +18,7 @@ def model_card(report: Report, licence: str | None) -> str:
         *front,
         "---",
         "",
-        f"# {report.model}, compressed",
+        f"# {name}, compressed",
         "",
         f"Compressed with tersely {report.versions['tersely']} ({methods}). {report.coverage}.",
         "",
@@ -35,6 +40,12 @@ def model_card(report: Report, licence: str | None) -> str:
     lines += ["", *_quality(report), *_cautions(report)]
     lines.append("Every setting is in `recipe.toml`, every site in `plan.json` and `report.json`.")
     return "\n".join(lines) + "\n"
+
+
+def named(model: str) -> tuple[str, str | None]:
+    """What to call a model, and its name on the hub, if it has one: a local folder is nobody else's business."""
+    folder = Path(model)
+    return (folder.resolve().name, None) if folder.is_dir() else (model, model)
 
 
 def _quality(report: Report) -> list[str]:

@@ -5,21 +5,22 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from tersely.report.card import named
 from tersely.report.rows import Report, format_value
 
 
 def page(report: Report) -> str:
     """Self-contained HTML of one run."""
-    return render("page.html.jinja", report=report)
+    return render("page.html.jinja", {"report": report, "name": named(report.model)[0]})
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, values: dict[str, Any]) -> str:
     """A template of this folder, filled.  All text is escaped: a model may be named anything."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_read)
     )
     environment.filters["quantity"] = format_value
-    return environment.get_template(template).render(**values)
+    return environment.get_template(template).render(values)
 
 
 def _read(name: str) -> str:

@@ -37,5 +37,5 @@ class Gram:
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> Self:
         gram = cls(0)
-        gram._sum, gram.tokens = state["sum"], int(state["tokens"])
+        gram._sum, gram.tokens = state["sum"].clone(), int(state["tokens"])
         return gram

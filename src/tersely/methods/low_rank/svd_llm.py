@@ -14,6 +14,7 @@ Source: Wang et al., SVD-LLM: Truncation-aware Singular Value Decomposition for 
 section 3.1 (arXiv 2403.07378).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -41,7 +42,7 @@ class WhitenedSVD:
     summary: ClassVar[str] = "truncated SVD in the metric of the inputs (whitening)"
 
     def __post_init__(self) -> None:
-        if self.damping < 0:
+        if not 0 <= self.damping < math.inf:
             raise RecipeError(f"svd_llm: damping {self.damping}; wanted 0 or more, a fraction of the mean input power")
 
     @property
