@@ -433,3 +433,13 @@ def test_a_bias_stays_outside_until_the_runner_brings_it():
     module.set_bias(bias)
     torch.testing.assert_close(module(x), x @ weight.T + bias)
     assert module.spec() == {"kind": "low_rank", "in_features": 8, "out_features": 6, "rank": 6, "bias": True}
+
+
+def test_a_module_owns_its_numbers():
+    up, down = normal(6, 2), normal(8, 2).T
+    module = LowRankLinear.from_factors(up, down)
+    with torch.no_grad():
+        module.up.weight.zero_()
+        module.down.weight.zero_()
+    assert torch.equal(up, normal(6, 2)) and torch.equal(down, normal(8, 2).T)
+    assert module.down.weight.is_contiguous()

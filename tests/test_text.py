@@ -11,9 +11,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, LlamaConfig, MambaConfig
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, LlamaConfig, MambaConfig, PreTrainedTokenizerFast
 
 from families import tiny_config
 from tersely.errors import RecipeError
@@ -259,9 +262,13 @@ def test_a_dataset_with_gaps_is_an_error_of_ours(dataset):
 
 
 def test_a_text_is_tokenised_once_without_special_tokens(tokenizer):
-    words = ["w3", "w9", "<s>", "w5"] * 500  # far beyond any context: no warning, no cut
-    tokens = tokenise(" ".join(words), tokenizer)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 1)])
+    adding = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=64)
+    assert adding("w3 w9")["input_ids"] == [2, 3, 9, 1]
+    tokens = tokenise(" ".join(["w3", "w9", "<s>", "w5"] * 500), adding)  # far beyond what the tokenizer thinks is long
     assert tokens.tolist() == [3, 9, 2, 5] * 500
+    assert tokens.dtype == torch.long
 
 
 @pytest.mark.parametrize(
