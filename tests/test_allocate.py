@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from tersely.allocate import ALLOCATORS, POINTS, Choice, Curve, Plan, curve_of, greedy, uniform
 from tersely.errors import RecipeError
-from tersely.methods import Option
 from tersely.methods.low_rank.svd import PlainSVD
+from tersely.option import Option
 
 every_allocator = pytest.mark.parametrize(
     "divide", [allocator.divide for allocator in ALLOCATORS.values()], ids=ALLOCATORS

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import what stands above it here, and what belongs to its own unit; never a neighbour, never below.
 LAYERS = (
-    {"errors", "progress"},
+    {"errors", "option", "progress"},
     {"hf", "recipe"},
     {"text", "journal"},
     {"linalg", "kernels"},

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from tersely.errors import RecipeError
-from tersely.methods import Option
+from tersely.option import Option
 
 POINTS = 256
 """A curve with errors keeps this many options: steps of 0.4 % of a site's bytes are finer than any prediction."""
@@ -167,6 +167,8 @@ def _hull(curve: Curve) -> list[Option]:
     for option in curve.options:
         if hull and _error(option) >= _error(hull[-1]):
             continue
+        if hull and option.nbytes == hull[-1].nbytes:
+            hull.pop()  # the same bytes for less error
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], option):
             hull.pop()
         hull.append(option)

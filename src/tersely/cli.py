@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from typer._click.exceptions import ClickException
 
 from tersely.errors import NumericalError, RecipeError, TerselyError
 
@@ -49,9 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = spread(list(sys.argv[1:] if arguments is None else arguments))
     try:
         sys.exit(typer.main.get_command(app).main(given, "tersely", standalone_mode=False) or 0)
-    except ClickException as error:  # a wrong flag or value: the library's own words, and its status 2
-        error.show()
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; give the same command again to go on", 1)
     except (Interrupted, NumericalError) as error:
@@ -59,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TerselyError as error:
         _fail(str(error), 2)
     except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong flag or value, in typer's own words
+            error.show()
+            sys.exit(error.exit_code)
         _fail(f"{type(error).__name__}: {error} (unexpected; run `tersely --debug …` for the traceback)", 1)
 
 

@@ -5,6 +5,7 @@ tokens, its output is free and the disk is large enough.
 """
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -125,6 +126,10 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     windows, warnings = None, []
     if any(method.needs for method in found.methods) or recipe.calibration.source != ["stdlib"]:
         first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
+        if found.anatomy.needs_first_token and first_token is None:
+            raise RecipeError(
+                f"{folder}: {found.anatomy.family} needs a first token and the tokenizer has no bos_token"
+            )
         windows = read_windows(recipe.calibration, tokenizer, config, recipe.seed, first_token)
         warnings = [w for w in (windows.shortage(max(site.in_features for site in found.sites)),) if w]
     _check_disk(out, found.disk_bytes)
@@ -145,7 +150,7 @@ def build_method(name: str, options: Mapping[str, Any]) -> Method:
         if option not in known:
             raise RecipeError(f"method {name}: " + unknown("option", option, [*known, *(f.name for f in fields(Step))]))
     try:
-        return TypeAdapter(METHODS[name]).validate_python(dict(options))
+        return TypeAdapter(METHODS[name]).validate_json(json.dumps(dict(options)), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

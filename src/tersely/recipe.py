@@ -159,6 +159,8 @@ class Recipe:
     """Largest safetensors file of the output."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise RecipeError(f"seed = {self.seed}; wanted 0 or more, below 2^63")
         if not self.step:
             raise RecipeError("a recipe without a step does nothing; add a [[step]]")
         if parse_size(self.shard_size) <= 0:
@@ -225,10 +227,13 @@ def _step(plain: Any, number: int) -> dict[str, Any]:
 
 def _validated(kind: type[Recipe], plain: dict[str, Any]) -> Recipe:
     try:
-        return TypeAdapter(kind).validate_python(plain)
+        # through JSON, where a table is a dataclass even in strict mode: "yes" is no boolean, "12" no number
+        return TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
+    except TypeError as error:
+        raise RecipeError(f"recipe: a value that is neither text, number, boolean, list nor table ({error})") from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = {"calibration": Calibration, "evaluation": Evaluation}.get(str(first["loc"][0]), kind)
             names = [f.name for f in dataclasses.fields(known)]

@@ -31,7 +31,8 @@ from tersely.checkpoint import Source, State
 from tersely.errors import NumericalError
 from tersely.journal import Journal
 from tersely.kinds import LinearKind, Spec
-from tersely.methods import Method, Option
+from tersely.methods import Method
+from tersely.option import Option
 from tersely.recipe import Step
 from tersely.stats import Gram, Statistic, Stats
 

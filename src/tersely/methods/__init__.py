@@ -1,6 +1,6 @@
 """The methods, by their names in recipes."""
 
-from tersely.methods.base import Method, Option
+from tersely.methods.base import Method
 from tersely.methods.low_rank.asvd import ChannelScaledSVD
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
@@ -11,4 +11,4 @@ METHODS: dict[str, type[Method]] = {
     "svd_llm": WhitenedSVD,
 }
 
-__all__ = ["METHODS", "Method", "Option"]
+__all__ = ["METHODS", "Method"]

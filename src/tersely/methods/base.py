@@ -1,4 +1,4 @@
-"""The contract of a method, and what one offers.
+"""The contract of a method.
 
 A method is a frozen dataclass of hyperparameters with two pure functions: `options` says what it could do to a weight
 and at what price, `compress` does one of these.  It sees a weight and the statistics of its input, never a model; it
@@ -6,28 +6,14 @@ mutates nothing, moves nothing, prints nothing and draws no global random number
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tersely.kinds import LinearKind
+from tersely.option import Option
 from tersely.stats import Statistic, Stats
-
-
-@dataclass(frozen=True)
-class Option:
-    """One thing a method could do to a site.
-
-    amount: rank (later: bits, kept channels); None leaves the site dense.
-    nbytes: bytes of the site's weight afterwards, bias not counted.
-    error: predicted mean squared output error per token, in the method's own metric; None where it was not asked for.
-    """
-
-    amount: int | None
-    nbytes: int
-    error: float | None
 
 
 class Method(Protocol):

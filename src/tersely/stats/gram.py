@@ -1,7 +1,7 @@
 """Second moments of an input: X Xᵀ over tokens.
 
 Products are formed in float32 (float64 for float64 inputs) batch by batch and added up in float64.  The sum is where
-long calibration loses digits; a single product of a few thousand tokens has an error of 1e-7 of its own entries.
+long calibration loses digits; a single product of a few thousand tokens is off by a few 1e-7 of √(Gᵢᵢ Gⱼⱼ).
 Massive activations make the matrix ill-conditioned (1e10 and more): factorise it in float64, never in less.
 """
 

@@ -19,11 +19,11 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tersely.errors import RecipeError
+from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LowRankLinear
 from tersely.linalg.truncation import output_basis
-from tersely.methods.base import Option
 from tersely.methods.low_rank.factorise import low_rank, rank_options, rank_sizes
+from tersely.option import Option
 from tersely.stats import AbsMax, AbsMean, Statistic, Stats
 
 FLOOR = 1e-6  # smallest channel scale, as a fraction of the mean one: the authors' 1e-6, made relative
@@ -63,6 +63,10 @@ class ChannelScaledSVD:
         """S², the diagonal metric.  An input that was silent throughout says nothing: all its channels count alike."""
         (needed,) = self.needs
         scale = stats[needed].mean()
+        if not scale.isfinite().all():  # alpha = 0 would turn NaN into 1
+            raise NumericalError(
+                "the input statistic has entries that are not finite; calibrate in float32 or bfloat16"
+            )
         if not scale.any():
             scale = scale + 1.0
         return scale.clamp(min=FLOOR * scale.mean().item()).pow(2 * self.alpha)

@@ -6,7 +6,7 @@ from torch import Tensor
 from tersely.errors import RecipeError
 from tersely.kinds import LowRankLinear
 from tersely.linalg.truncation import OutputBasis, output_basis
-from tersely.methods.base import Option
+from tersely.option import Option
 
 
 def rank_sizes(shape: tuple[int, int], itemsize: int) -> list[Option]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tersely.kinds import LowRankLinear
 from tersely.linalg.truncation import output_basis
-from tersely.methods.base import Option
 from tersely.methods.low_rank.factorise import low_rank, rank_options, rank_sizes
+from tersely.option import Option
 from tersely.stats import Statistic, Stats
 
 
