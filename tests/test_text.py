@@ -249,7 +249,7 @@ def test_a_dataset_that_does_not_fit_is_an_error_that_says_what_there_is(dataset
     name = dataset(column="sentence", train=["one"])
     with pytest.raises(RecipeError, match=r"no column 'text'; its columns: sentence"):
         read_text(name, "calibration")
-    with pytest.raises(RecipeError, match=r"Unknown split .test."):
+    with pytest.raises(RecipeError, match=r"Bad split: test"):
         read_text(name, "evaluation")
 
 

@@ -14,6 +14,7 @@ for its size loses little under any compression, and then all methods look alike
 import argparse
 import json
 import math
+import platform
 import time
 from collections import Counter
 from pathlib import Path
@@ -138,6 +139,35 @@ def kneser_ney_loss(train_tokens: list[int], held_out: list[int]) -> float:
     return loss / (len(held_out) - 2)
 
 
+def card(figures: dict[str, float], command: str, python: str) -> str:
+    return f"""---
+license: apache-2.0
+library_name: transformers
+language: en
+tags:
+- tersely
+---
+
+# The bundled model of tersely
+
+A Llama with {figures["parameters"]:,} parameters, for demonstrations and tests: small enough to ship, trained hard
+enough that compression hurts it as it hurts large models.
+
+| | |
+|---|--:|
+| trained on | standard library of Python {python}, `stdlib:train`: {figures["training_tokens"]:,} tokens |
+| tokens seen | {figures["tokens_seen"]:,} |
+| held-out loss (`stdlib:evaluation`, {figures["held_out_tokens"]:,} tokens, windows of {WINDOW}) \
+| **{figures["held_out_loss"]:.3f}** nats per token |
+| interpolated Kneser-Ney trigram model of the same tokens | {figures["trigram_loss"]:.3f} nats per token |
+
+Training, calibration and evaluation text are disjoint modules of the standard library, divided by the hash of their
+names (`tersely.text.stdlib_split`).  The text is the Python Software Foundation's, under its licence; none of it is here.
+
+Made by `{command}`.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -167,7 +197,10 @@ def main() -> None:
         "held_out_loss": held_out_loss(model, held_out, len(held_out) // WINDOW),
         "trigram_loss": kneser_ney_loss(tokens.tolist(), held_out.tolist()),
     }
-    (asked.work / "figures.json").write_text(json.dumps(figures, indent=1))
+    command = "python tools/train_demo_model.py --out src/tersely/assets/demo"
+    (asked.out / "README.md").write_text(card(figures, command, platform.python_version()))
+    for file in asked.out.iterdir():
+        file.chmod(0o644)
     print(json.dumps(figures, indent=1))
 
 
