@@ -39,13 +39,19 @@ def least_bytes(curves: Sequence[Curve]) -> int:
     return sum(curve.options[0].nbytes for curve in curves)
 
 
-def loss(plan: Plan) -> float:
-    return sum(choice.dense_bytes * choice.relative_error for choice in plan.choices.values())
+def chosen(curve: Curve, plan: Plan) -> Option:
+    (option,) = [option for option in curve.options if option.amount == plan.choices[curve.site].amount]
+    return option
+
+
+def loss(plan: Plan, curves: Sequence[Curve]) -> float:
+    return float(sum(exact(curve, chosen(curve, plan)) for curve in curves))
 
 
 def exact(curve: Curve, option: Option) -> Fraction:
-    """The loss of a site without rounding: the errors of these curves are whole numbers."""
-    return curve.dense_bytes * Fraction(option.error) / Fraction(curve.energy)
+    """The loss of a site without rounding: its bytes, times the share of the avoidable error that is not avoided."""
+    avoidable = Fraction(curve.options[0].error)
+    return curve.dense_bytes * Fraction(option.error) / avoidable if avoidable else Fraction(0)
 
 
 def best(curves: Sequence[Curve], budget: int) -> Fraction:
@@ -126,10 +132,9 @@ def test_no_plan_exceeds_its_budget(divide, case):
     assert plan.dense_bytes == dense_bytes(curves)
     assert list(plan.choices) == [curve.site for curve in curves]
     for curve in curves:
-        chosen = plan.choices[curve.site]
-        (option,) = [option for option in curve.options if option.amount == chosen.amount]
-        assert (chosen.nbytes, chosen.dense_bytes) == (option.nbytes, curve.dense_bytes)
-        assert chosen.relative_error == pytest.approx(float(exact(curve, option)) / curve.dense_bytes, rel=1e-12)
+        choice, option = plan.choices[curve.site], chosen(curve, plan)
+        assert (choice.nbytes, choice.dense_bytes) == (option.nbytes, curve.dense_bytes)
+        assert choice.relative_error == pytest.approx(option.error / curve.energy, rel=1e-12)
 
 
 @every_allocator
@@ -154,7 +159,7 @@ def test_what_costs_as_much_as_the_dense_weight_is_never_chosen(divide, case):
 def test_the_whole_budget_leaves_everything_dense(divide, curves):
     plan = divide(curves, dense_bytes(curves))
     assert {choice.amount for choice in plan.choices.values()} == {None}
-    assert loss(plan) == 0.0
+    assert loss(plan, curves) == 0.0
     assert plan.nbytes == plan.dense_bytes
 
 
@@ -180,7 +185,7 @@ def test_a_budget_too_small_is_refused_with_one_that_is_just_enough(divide, curv
 @given(with_budget(some_curves(sites=4), budgets=2))
 def test_more_bytes_never_predict_more_error(case):
     curves, less, more = case
-    assert loss(greedy(curves, more)) <= loss(greedy(curves, less)) + SLACK
+    assert loss(greedy(curves, more), curves) <= loss(greedy(curves, less), curves) + SLACK
 
 
 @quick
@@ -188,7 +193,7 @@ def test_more_bytes_never_predict_more_error(case):
 def test_greedy_is_within_one_segment_of_what_no_plan_can_beat(case):
     curves, budget = case
     bound, segment = relaxed(curves, budget)
-    reached = loss(greedy(curves, budget))
+    reached = loss(greedy(curves, budget), curves)
     assert bound <= best(curves, budget) <= reached + SLACK
     assert reached <= bound + segment + SLACK
 
@@ -204,10 +209,10 @@ def test_on_convex_curves_only_the_refused_step_is_missing(case):
         amounts = [option.amount for option in curve.options]
         at = amounts.index(plan.choices[curve.site].amount)
         missing += [exact(curve, a) - exact(curve, b) for a, b in pairwise(curve.options[at : at + 2])]
-    assert least <= loss(plan) + SLACK
-    assert loss(plan) <= least + max(missing) + SLACK
+    assert least <= loss(plan, curves) + SLACK
+    assert loss(plan, curves) <= least + max(missing) + SLACK
     if plan.nbytes == min(budget, dense_bytes(curves)):
-        assert loss(plan) == pytest.approx(float(least), abs=SLACK)
+        assert loss(plan, curves) == pytest.approx(float(least), abs=SLACK)
 
 
 @quick
@@ -219,17 +224,18 @@ def test_greedy_loses_to_uniform_by_less_than_one_segment_if_at_all(case):
     except RecipeError:
         return
     _, segment = relaxed(curves, budget)
-    assert loss(greedy(curves, budget)) <= loss(share) + segment + SLACK
+    assert loss(greedy(curves, budget), curves) <= loss(share, curves) + segment + SLACK
 
 
 def test_the_one_segment_can_make_uniform_the_better_plan():
-    """The steepest segment takes 90 bytes where 80 are left, and greedy ends there; uniform improves the other site."""
-    coarse = curve_of("coarse", [Option(0, 0, 1.0), Option(1, 10, 1.0)], 100)
-    fine = curve_of("fine", [Option(0, 0, 1.0), Option(1, 10, 0.5), Option(2, 50, 0.2)], 100)
-    ours, theirs = greedy([coarse, fine], 100), uniform([coarse, fine], 100)
-    assert (loss(theirs), theirs.nbytes) == (120.0, 60)
-    assert loss(ours) > loss(theirs)
-    assert loss(ours) < loss(theirs) + 100  # the segment would have removed all of the coarse site's loss
+    """The steepest segment takes 40 bytes where 39 are left, and greedy ends there; uniform improves the other site."""
+    coarse = curve_of("coarse", [Option(0, 0, 2.0), Option(1, 10, 1.0)], 50)
+    fine = curve_of("fine", [Option(0, 0, 2.0), Option(1, 10, 1.0), Option(2, 40, 0.66)], 110)
+    both = [coarse, fine]
+    ours, theirs = greedy(both, 59), uniform(both, 59)
+    assert (loss(theirs, both), theirs.nbytes) == (pytest.approx(122.6), 50)
+    assert loss(ours, both) > loss(theirs, both)
+    assert loss(ours, both) < loss(theirs, both) + 50  # the segment would have removed all of the coarse site's loss
 
 
 @quick

@@ -162,7 +162,8 @@ enough that compression hurts it as it hurts large models.
 | interpolated Kneser-Ney trigram model of the same tokens | {figures["trigram_loss"]:.3f} nats per token |
 
 Training, calibration and evaluation text are disjoint modules of the standard library, divided by the hash of their
-names (`tersely.text.stdlib_split`).  The text is the Python Software Foundation's, under its licence; none of it is here.
+names (`tersely.text.stdlib_split`).
+The text is the Python Software Foundation's, under its licence; none is in here.
 
 Made by `{command}`.
 """

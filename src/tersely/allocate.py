@@ -102,11 +102,13 @@ def uniform(curves: Sequence[Curve], budget: int) -> Plan:
 
 
 def greedy(curves: Sequence[Curve], budget: int) -> Plan:
-    """Spend each byte where it lowers the relative output error, averaged over all bytes of weight, most.
+    """Spend each byte where it avoids most of the error that can be avoided.
 
-    The sum that falls is Σ dense bytes · (error / energy): a site counts by its size, as it does in the budget.
-    Without that factor a small site's loss would weigh as much as a large one's while costing fewer bytes to avoid, and
-    the MLP would pay for attention (measured in docs/lab.md).
+    The sum that falls is Σ dense bytes · error / (error of the smallest option).  A site counts by its size, as it does
+    in the budget; without that factor a small site's loss would weigh as much as a large one's while costing fewer
+    bytes to avoid.  And it counts by what its smallest form loses, not by its whole energy: of the outputs of q and k a
+    first direction, much the same for every token, carries most energy and none of the message, and beside it every
+    other error would look small (both measured in docs/lab.md).
 
     Starts from the smallest option everywhere and walks along the lower convex hulls of the curves, steepest segment
     first, until a segment does not fit; that one is taken as far as it goes.  On convex curves this is the optimum of
@@ -151,7 +153,7 @@ class Allocator:
 
 ALLOCATORS: dict[str, Allocator] = {
     "greedy": Allocator(
-        greedy, True, "bytes go where they lower the predicted relative output error of the weights most"
+        greedy, True, "bytes go where they avoid most of the predicted output error that can be avoided"
     ),
     "uniform": Allocator(uniform, False, "the same share of bytes for every site"),
 }
@@ -186,8 +188,9 @@ def _slope(first: Option, second: Option) -> float:
 
 
 def _steepness(curve: Curve, hull: list[Option], vertex: int) -> float:
-    """Share of the energy that the segment behind a vertex saves, for the share of the site's bytes that it takes."""
-    return -_slope(hull[vertex], hull[vertex + 1]) * curve.dense_bytes / curve.energy if curve.energy else 0.0
+    """Share of the avoidable error that the segment behind a vertex avoids, for the share of the bytes it takes."""
+    avoidable = _error(curve.options[0])
+    return -_slope(hull[vertex], hull[vertex + 1]) * curve.dense_bytes / avoidable if avoidable else 0.0
 
 
 def _too_small(curve: Curve, came: str, least: float) -> str:

@@ -81,7 +81,7 @@ def run_bench(
 
     Raises RecipeError if `file` holds another bench.
     """
-    rows = _rows_so_far(file, command)
+    rows = rows_so_far(file, command)
     work = keep_folders or Path(tempfile.mkdtemp(prefix="tersely-bench-"))
     dense = load(bench.model, device=bench.device)
     jobs = [(entry, keep) for keep in bench.keeps for entry in bench.entries]
@@ -145,7 +145,8 @@ def _content(command: str, rows: list[Row]) -> dict[str, Any]:
     return {"command": command, "machine": machine, "versions": versions(), "rows": rows}
 
 
-def _rows_so_far(file: Path, command: str) -> list[Row]:
+def rows_so_far(file: Path, command: str) -> list[Row]:
+    """The rows of a bench that was stopped.  Raises RecipeError if `file` holds those of another one."""
     if not file.exists():
         return []
     plain = json.loads(file.read_text(encoding="utf-8"))

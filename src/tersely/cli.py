@@ -159,10 +159,11 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """The whole flow on the bundled model: calibrate, three methods at two sizes, table, report."""
-    from tersely.demo import run_demo
+    from tersely.demo import check_place, run_demo
     from tersely.progress import Reporter
 
     _threads(threads)
+    check_place(out)
     with _working(), Reporter() as progress:
         table, page = run_demo(out, progress)
     console.print(table)
@@ -301,7 +302,7 @@ def bench(
     threads: Threads = None,
 ) -> None:
     """Systems side by side on one model, as JSON and a table beside it."""
-    from tersely.bench import BENCHES, Bench, markdown, run_bench
+    from tersely.bench import BENCHES, Bench, markdown, rows_so_far, run_bench
     from tersely.errors import unknown
     from tersely.journal import commit_text
     from tersely.progress import Reporter
@@ -315,6 +316,7 @@ def bench(
     keeps, texts = keep or [0.9, 0.8, 0.6, 0.4], text or ["stdlib"]
     job = Bench(model, BENCHES[family], keeps, texts, calibration, length, windows, seed or 0, device or "cpu")
     command = shlex.join(["tersely", *spread(sys.argv[1:])])
+    rows_so_far(file, command)
     with _working(), Reporter() as progress:
         rows = run_bench(job, file, command, progress)
     commit_text(file.with_suffix(".md"), markdown(rows, command))

@@ -25,17 +25,23 @@ WINDOWS = 128
 MARK = "demo.json"
 
 
+def check_place(out: Path) -> None:
+    """Raises CheckpointError for a folder that is neither new, nor empty, nor a demo."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; choose a folder")
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise CheckpointError(f"{out} exists and is no demo; choose another folder or remove it")
+
+
 def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
     """Compress the bundled model in every way of `ENTRIES`, evaluate, and write folders, JSON and a page into `out`.
 
-    Calibration and evaluation text are disjoint modules of this Python's standard library.  A demo that was finished is
-    made anew; any other folder is refused.
+    Calibration and evaluation text are disjoint modules of this Python's standard library.  What stands in `out` is
+    removed first; see `check_place`.
     """
-    if out.exists() and any(out.iterdir()):
-        if not (out / MARK).is_file():
-            raise CheckpointError(f"{out} exists and is no demo; choose another folder or remove it")
+    if out.exists():
         shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True)
     with as_file(files("tersely").joinpath("assets/demo")) as model:
         bench = Bench(
             model=str(model),
@@ -61,8 +67,10 @@ def demo_table(rows: list[Row]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("method")
     table.add_column("allocation")
-    for name in ("keep", "folder", "perplexity", "of dense", "KL, nats", "same token"):
+    for name in ("keep", "folder", "perplexity", "× dense", "KL", "top-1"):
         table.add_column(name, justify="right")
+    table.caption = "KL to the dense model in nats per token; top-1: share of tokens with the same likeliest next one"
+    table.caption_justify = "left"
     for row in rows:
         table.add_row(
             row["method"],
@@ -70,7 +78,7 @@ def demo_table(rows: list[Row]) -> Table:
             f"{row['keep']}",
             format_value(row["bytes"], "bytes"),
             f"{row['perplexity']:.2f}",
-            f"{row['perplexity'] / row['dense_perplexity']:.2f}×",
+            f"{row['perplexity'] / row['dense_perplexity']:.2f}",
             f"{row['kl']:.3f}",
             f"{row['top1']:.3f}",
         )

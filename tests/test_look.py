@@ -1,0 +1,246 @@
+"""What a user looks at: the catalogue, estimates, pages, the bench, the demo on the bundled model."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from tersely import bench, demo
+from tersely.bench import Bench, Entry, markdown, run_bench
+from tersely.catalogue import catalogue, catalogue_text, field_docstrings
+from tersely.cli import main
+from tersely.errors import RecipeError
+from tersely.estimate import estimate, estimate_table
+from tersely.methods import METHODS
+from tersely.pipeline import compress, load, quiet
+from tersely.recipe import Calibration, recipe_from
+from tersely.report.comparison import comparison_page
+from tersely.report.page import page
+from tersely.report.rows import Report, format_value
+
+DEMO = Path(demo.__file__).parent / "assets" / "demo"
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+class Text(HTMLParser):
+    """The text of a page, and its tags."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.said, self.tags, self.links = "", [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.said += data
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------------------
+
+
+def test_the_catalogue_names_every_method_with_paper_needs_and_documented_options():
+    for entry in catalogue()["methods"]:
+        assert entry["paper"] and entry["summary"]
+        for option in entry["options"]:
+            assert option["help"], f"{entry['name']}.{option['name']} is not documented"
+            assert getattr(METHODS[entry["name"]](), option["name"]) == option["default"]
+    assert {entry["name"] for entry in catalogue()["methods"]} == METHODS.keys()
+
+
+def test_the_text_holds_what_the_data_hold():
+    text = catalogue_text()
+    for table in ("methods", "allocators", "kinds"):
+        for entry in catalogue()[table]:
+            assert entry["name"] in text and entry["summary"] in text
+    assert all(family in text for family in catalogue()["families"])
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_list_prints_json_that_reads_back(capsys):
+    assert run("list", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(catalogue()))
+    assert run("list") == 0
+    assert capsys.readouterr().out == catalogue_text() + "\n"
+
+
+def test_field_docstrings_belong_to_the_field_before_them():
+    assert field_docstrings(METHODS["svd_llm"])["damping"].startswith("Added to the diagonal of the Gram matrix")
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def asked(**step):
+    return recipe_from({"model": str(DEMO), "step": [{"method": "svd_llm", "keep": 0.5} | step]})
+
+
+def test_an_estimate_counts_what_headers_say():
+    figures = estimate(asked())
+    model = load(DEMO)
+    assert figures.model_bytes == 4 * model.num_parameters()
+    blocks = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    assert figures.touched_bytes == sum(4 * m.weight.numel() for m in blocks) == 2 * figures.budget
+    assert sum(count for count, _ in figures.roles.values()) == len(blocks)
+    assert figures.seconds > 0
+
+
+def test_an_estimate_grows_with_what_is_asked():
+    none, block = estimate(asked(propagate="none")), estimate(asked(propagate="input"))
+    assert block.seconds > none.seconds
+    assert none.disk_bytes > block.disk_bytes  # statistics are spilled
+    assert estimate(asked(method="svd")).memory_bytes < block.memory_bytes  # no stream, no statistics
+
+
+def test_the_measured_peak_of_disk_stays_below_the_estimate(tmp_path):
+    figures = estimate(asked())
+    out = compress(DEMO, tmp_path / "out", method="svd_llm", keep=0.5, samples=4).out
+    assert sum(file.stat().st_size for file in out.rglob("*")) < figures.disk_bytes
+
+
+def test_plan_says_it_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("plan", DEMO, "--method", "svd_llm", "--keep", 0.5) == 0
+    said = capsys.readouterr().out
+    assert "28 of 29 linears touched, 1 kept: 1 output head tied to the embedding" in said
+    assert "peak memory" in said and "disk" in said and "time" in said
+    assert list(tmp_path.iterdir()) == []
+    assert estimate_table(estimate(asked())).row_count >= 10
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("look") / "out"
+    return compress(DEMO, out, method="svd_llm", keep=0.6, samples=8)
+
+
+def test_the_page_holds_every_site_and_loads_nothing(result):
+    seen = Text((result.out / "report.html").read_text(encoding="utf-8"))
+    assert all(site.name in seen.said for site in result.report.sites)
+    assert result.report.coverage in seen.said
+    assert seen.links == [] and "script" not in seen.tags
+
+
+def test_a_hostile_model_name_is_text():
+    name = "<script>alert(1)</script>"
+    report = Report(name, {"step": [{"method": name}]}, {"tersely": "0"}, name, warnings=[name], degraded={name: name})
+    seen = Text(page(report))
+    assert "script" not in seen.tags
+    assert seen.said.count(name) >= 5
+    row = {"text": name, "method": name, "options": {"allocate": name, "propagate": name}, "keep": 0.5, "bytes": 1}
+    row |= {"perplexity": 2.0, "dense_perplexity": 1.0, "kl": 0.1, "top1": 0.5, "left_dense": 0, "seconds": 1.0}
+    protocol = {"windows": 1, "length": 2, "stride": 2, "first_token": None, "dtype": "float32", "tokens": 1}
+    seen = Text(comparison_page(name, [row | {"protocol": protocol | {"sha256": "0" * 64}}]))
+    assert "script" not in seen.tags and name in seen.said
+
+
+def test_degraded_sites_are_said_before_any_table(result):
+    html = page(Report("m", {"step": []}, {"tersely": "0"}, "", degraded={"layers.3.q_proj": "why"}))
+    assert html.index("layers.3.q_proj") < html.index("<table")
+
+
+def test_report_and_card_agree_with_the_files(result):
+    rows = {row.name: row for row in result.report.rows}
+    assert rows["checkpoint"].value == (result.out / "model.safetensors").stat().st_size
+    assert rows["checkpoint"].before == (DEMO / "model.safetensors").stat().st_size
+    assert rows["touched weights"].value == sum(site.nbytes for site in result.report.sites)
+    assert rows["touched weights"].value <= 0.6 * rows["touched weights"].before
+    assert rows["parameters"].value == load(result.out).num_parameters()
+    card = (result.out / "README.md").read_text(encoding="utf-8")
+    assert f"{rows['parameters'].value:,.0f}" in card
+    assert "license: apache-2.0" in card
+    assert str(DEMO) not in card  # where a folder lay is nobody else's business
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "said"),
+    [(None, "bytes", "–"), (999, "bytes", "999 B"), (1500, "bytes", "1.50 kB"), (2.5e9, "bytes", "2.50 GB"),
+     (1234567, "parameters", "1,234,567"), (0.123456, "share", "0.1235")],
+)  # fmt: skip
+def test_numbers_for_people(value, unit, said):
+    assert format_value(value, unit) == said
+
+
+# --- the bench --------------------------------------------------------------------------------------------------------
+
+
+def small_bench() -> Bench:
+    entries = [Entry("svd"), Entry("svd_llm", "greedy", "block", {"damping": 1e-4})]
+    return Bench(str(DEMO), entries, [0.8, 0.5], ["stdlib"], Calibration(samples=4), windows=4)
+
+
+def test_a_bench_goes_on_with_the_first_missing_row(tmp_path, monkeypatch):
+    file = tmp_path / "rows.json"
+    whole = run_bench(small_bench(), file, "command", quiet)
+    assert [(r["method"], r["keep"]) for r in whole] == [(m, k) for k in (0.8, 0.5) for m in ("svd", "svd_llm")]
+    assert whole[1]["options"] == {"allocate": "greedy", "propagate": "block", "damping": 1e-4}
+    assert all(row["trained_on"] is None and row["dense_perplexity"] == whole[0]["dense_perplexity"] for row in whole)
+
+    content = json.loads(file.read_text())
+    assert content["rows"] == whole
+    file.write_text(json.dumps(content | {"rows": whole[:3]}))
+    made = []
+    usual = bench._compressed
+    monkeypatch.setattr(bench, "_compressed", lambda *given: made.append(given[1:3]) or usual(*given))
+    again = run_bench(small_bench(), file, "command", quiet)
+    assert made == [(small_bench().entries[1], 0.5)]
+    unmeasured = {"seconds", "bytes"}  # reports hold times, whose digits vary
+    assert [{k: v for k, v in row.items() if k not in unmeasured} for row in again] == [
+        {k: v for k, v in row.items() if k not in unmeasured} for row in whole
+    ]
+    with pytest.raises(RecipeError, match="another bench"):
+        run_bench(small_bench(), file, "another command", quiet)
+    table = markdown(whole, "command")
+    assert f"{whole[0]['perplexity']:.2f} ({whole[0]['kl']:.3f})" in table
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_model_is_one_that_compression_hurts(tmp_path):
+    """Plain SVD at keep 0.8 raises its perplexity by far more than the 15 % that tell methods apart."""
+    size = sum(file.stat().st_size for file in DEMO.iterdir())
+    assert size < 4_000_000
+    config = json.loads((DEMO / "config.json").read_text())
+    assert config["hidden_size"] <= 128
+    card = (DEMO / "README.md").read_text()
+    ours = float(re.search(r"\*\*([\d.]+)\*\* nats", card)[1])
+    trigram = float(re.search(r"\| ([\d.]+) nats", card)[1])
+    assert ours < trigram - 0.5
+
+
+def test_the_demo_ends_in_a_table_and_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "WINDOWS", 8)
+    monkeypatch.setattr(demo, "KEEPS", (0.8,))
+    out = tmp_path / "demo"
+    assert run("demo", out) == 0
+    rows = json.loads((out / "demo.json").read_text())["rows"]
+    assert len(rows) == len(demo.ENTRIES)
+    plain = next(row for row in rows if row["method"] == "svd")
+    assert plain["perplexity"] > 1.15 * plain["dense_perplexity"]
+    assert min(rows, key=lambda row: row["kl"])["method"] == "svd_llm"
+    seen = Text((out / "report.html").read_text(encoding="utf-8"))
+    assert f"{plain['perplexity']:.2f}" in seen.said
+    assert "report:" in capsys.readouterr().out
+    folder = next(path for path in out.iterdir() if path.name.startswith("svd_llm"))
+    assert run("verify", folder) == 0
+
+
+def test_a_demo_does_not_remove_what_is_not_its_own(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("precious")
+    assert run("demo", tmp_path) == 2
+    assert "exists and is no demo" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "precious"
