@@ -316,7 +316,7 @@ def test_sizes(tmp_path):
     ("options", "message"),
     [
         ({"length": CONTEXT + 1}, "length 49 is beyond the model's context of 48"),
-        ({"length": 1}, "length 1 leaves nothing to predict"),
+        ({"length": 1}, "length 1; wanted 2 or more tokens"),
         ({"length": 16, "stride": 17}, "stride 17 is not within 1 and the length 16"),
         ({"length": 16, "stride": 0}, "stride 0 is not within"),
         ({"length": 16, "limit": 0}, "0 windows were asked for"),
@@ -414,7 +414,7 @@ def test_everything_measured(source, tokenizer, tmp_path):
     model, dense = llama(0, max_position_embeddings=256), llama(1)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
-    lines: list[str] = []
+    lines: list[tuple] = []
     result = evaluate(
         model,
         tokenizer,
@@ -438,7 +438,7 @@ def test_everything_measured(source, tokenizer, tmp_path):
     assert first["kl"] > 0
     assert 0 <= first["top1"] <= 1
     assert first["perplexity"] != first["dense_perplexity"]
-    assert lines == [f"{source}: {done} of 6 windows" for done in (1, 6)] * 2
+    assert lines == [(f"windows of {source}", done, 6) for done in (1, 6)] * 2
     assert json.loads(json.dumps(result)) == result
 
 
@@ -449,7 +449,7 @@ def test_a_name_is_given_as_the_model_was_opened(source, tokenizer, tmp_path):
 
 
 def test_every_refusal_comes_before_the_first_window(source, tokenizer):
-    lines: list[str] = []
+    lines: list[tuple] = []
     with pytest.raises(RecipeError, match="no such file"):
         evaluate(llama(), tokenizer, [source, "absent.txt"], length=LENGTH, progress=lambda *said: lines.append(said))
     with pytest.raises(RecipeError, match="the dense one 64"):

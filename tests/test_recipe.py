@@ -176,7 +176,8 @@ def test_every_field_changes_the_identity(part, name):
     else:
         inner = part.__name__.lower()
         other = dataclasses.replace(base, **{inner: dataclasses.replace(getattr(base, inner), **value)})
-    assert other.fingerprint() != base.fingerprint()
+    measured_only = part is Evaluation or name == "evaluation"  # changes no weight
+    assert (other.fingerprint() == base.fingerprint()) == measured_only
 
 
 @pytest.mark.parametrize("part", OTHER, ids=lambda part: part.__name__)

@@ -125,7 +125,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_bytes(change, recipe, kil
         count += 2
         with kill.at(count, midway=count % 4 == 0):
             going = stopped(recipe, out)
-    assert count > 10
+    assert count >= 10
     for path in whole.iterdir():
         if path.suffix in (".safetensors", ".toml") or path.name in ("config.json", "plan.json", checkpoint.INDEX):
             assert (out / path.name).read_bytes() == path.read_bytes(), path.name

@@ -24,7 +24,7 @@ tensor, and it runs once per forward pass, in the order of the list it is stored
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -239,15 +239,15 @@ class Anatomy:
             chosen |= matching
         return tuple(site for site in self.sites if site in chosen)
 
-    def coverage(self, selected: Sequence[Site], left_dense: Collection[str] = ()) -> str:
+    def coverage(self, selected: Sequence[Site], left_dense: Mapping[str, str] | None = None) -> str:
         """One sentence: how many linears `selected` touches, how many are kept, and why.
 
-        `left_dense`: names of those selected that a plan found best left as they are.
+        `left_dense`: names of those selected that stayed as they are, each with the reason.
         """
         names = {site.name for site in selected}
         reasons = [kept.reason for kept in self.kept]
         reasons += ["not among the targets" for site in self.sites if site.name not in names]
-        reasons += ["left dense by the plan" for name in names if name in left_dense]
+        reasons += [reason for name, reason in (left_dense or {}).items() if name in names]
         total = len(self.sites) + len(self.kept)
         touched = f"{total - len(reasons)} of {total} linears touched"
         return f"{touched}, {len(reasons)} kept: {_tally(reasons)}" if reasons else touched
@@ -294,6 +294,11 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         tied=tied,
         needs_first_token=family.needs_first_token,
     )
+
+
+def needs_first_token(config: PreTrainedConfig) -> bool:
+    """Whether texts have to begin with a BOS token; of a family that is not known here, no."""
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].needs_first_token
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

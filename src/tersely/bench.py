@@ -20,9 +20,10 @@ import torch
 from tersely.errors import RecipeError
 from tersely.journal import commit_text
 from tersely.pipeline import Result, evaluate, load, run, versions
-from tersely.prepare import prepare
+from tersely.prepare import examine, prepare
 from tersely.recipe import Calibration, Recipe, Step
 from tersely.sweeps import Progress
+from tersely.text import read_text
 
 Row = dict[str, Any]
 
@@ -38,6 +39,9 @@ class Entry:
 
     def step(self, keep: float) -> Step:
         return Step(self.method, keep=keep, allocate=self.allocate, propagate=self.propagate, options=self.options)  # type: ignore[arg-type]
+
+    def folder(self, keep: float) -> str:
+        return f"{self.method}-{keep}-{self.allocate}-{self.propagate}"
 
     def described(self) -> dict[str, Any]:
         return {"allocate": self.allocate, "propagate": self.propagate, **self.options}
@@ -88,7 +92,9 @@ def run_bench(
     try:
         for number, (entry, keep) in enumerate(jobs):
             if not any(_is_row_of(row, entry, keep) for row in rows):
-                out = work / f"{entry.method}-{keep}-{entry.allocate}-{entry.propagate}"
+                out = work / entry.folder(keep)
+                if out.exists():  # compressed, but stopped before it was evaluated
+                    shutil.rmtree(out)
                 result = _compressed(bench, entry, keep, out, work / "statistics")
                 figures = evaluate(
                     out,
@@ -97,9 +103,10 @@ def run_bench(
                     length=bench.length,
                     windows=bench.windows,
                     device=bench.device,
+                    progress=progress,
                 )
                 rows += _rows(entry, keep, result, figures)
-                commit_text(file, json.dumps(_content(command, rows), indent=1) + "\n")
+                commit_text(file, json.dumps(bench_content(command, rows), indent=1) + "\n")
                 if keep_folders is None:
                     shutil.rmtree(out)
             progress("rows", number + 1, len(jobs))
@@ -109,9 +116,25 @@ def run_bench(
     return rows
 
 
+def check_bench(bench: Bench, file: Path, command: str) -> None:
+    """Raises TerselyError for whatever would stop a bench; reads headers and texts, writes nothing."""
+    if not file.absolute().parent.is_dir():
+        raise RecipeError(f"{file}: no such folder; make it first")
+    rows_so_far(file, command)
+    for text in bench.texts:
+        read_text(text, "evaluation")
+    for source in bench.calibration.source:
+        read_text(source, "calibration")
+    with tempfile.TemporaryDirectory() as work:
+        for keep in bench.keeps:
+            for entry in bench.entries:
+                recipe = Recipe(bench.model, [entry.step(keep)], bench.calibration, device=bench.device)
+                examine(recipe, Path(work) / "source")
+
+
 def _compressed(bench: Bench, entry: Entry, keep: float, out: Path, statistics: Path) -> Result:
     recipe = Recipe(bench.model, [entry.step(keep)], bench.calibration, seed=bench.seed, device=bench.device)
-    return run(prepare(recipe, out, fresh=out.exists()), statistics=statistics)
+    return run(prepare(recipe, out), statistics=statistics)
 
 
 def _rows(entry: Entry, keep: float, result: Result, figures: dict[str, Any]) -> Iterator[Row]:
@@ -133,6 +156,8 @@ def _rows(entry: Entry, keep: float, result: Result, figures: dict[str, Any]) ->
             "mean_error": sum(errors) / len(errors) if errors else None,
             "left_dense": sum(site.amount is None for site in result.report.sites),
             "seconds": result.report.seconds["everything"],
+            # the first row that needs a statistic pays for its replay; the stages tell what a method itself takes
+            "stages": result.report.seconds,
             "trained_on": None,
             "protocol": {
                 key: text[key] for key in ("sha256", "length", "stride", "first_token", "dtype", "windows", "tokens")
@@ -140,7 +165,7 @@ def _rows(entry: Entry, keep: float, result: Result, figures: dict[str, Any]) ->
         }
 
 
-def _content(command: str, rows: list[Row]) -> dict[str, Any]:
+def bench_content(command: str, rows: list[Row]) -> dict[str, Any]:
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     return {"command": command, "machine": machine, "versions": versions(), "rows": rows}
 

@@ -11,7 +11,6 @@ there.
 
 import copy
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,9 +27,7 @@ from tersely.journal import commit_tensors, read_tensors
 from tersely.kinds import Spec, build
 from tersely.recipe import Calibration
 from tersely.stats import STATISTICS, Statistic, Stats
-from tersely.text import SEPARATOR, Text, read_text, tokenise, window_length
-
-logger = logging.getLogger(__name__)
+from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
 
 TOKENS_AT_ONCE = 4096
 """Tokens in a batch: enough to keep the processor busy, few enough for the widest intermediate of a block."""
@@ -75,6 +72,7 @@ def read_windows(asked: Calibration, tokenizer: Any, config: Any, seed: int, fir
     texts = [read_text(source, "calibration") for source in asked.source]
     text = Text(" ".join(asked.source), SEPARATOR.join(text.content for text in texts))
     tokens = tokenise(text.content, tokenizer)
+    check_vocabulary(tokens, config)
     count = len(tokens) // length
     if count == 0:
         raise RecipeError(
@@ -177,7 +175,9 @@ class StatisticsStore:
     The key says what they were measured on; another model, text or dtype is another folder.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, shared: bool = True) -> None:
+        self.shared = shared
+        """Whether other runs will read it."""
         digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
         self._folder = folder / digest[:16]
 

@@ -7,8 +7,9 @@ everything after this line reads one way.
 """
 
 import copy
+import hashlib
 import json
-import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,8 +36,6 @@ from tersely.kinds import Spec, replace_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # What belongs to one folder only and is not carried from a model to its compressed form.
@@ -44,6 +43,8 @@ NOT_CARRIED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.index.json",
     "config.json", "README.md", "checksums.json", "recipe.toml", "plan.json", "report.json", "report.html", ".*",
 )  # fmt: skip
+# Buffers that old checkpoints hold and models compute.
+COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$", r"position_ids$")
 LARGEST_CARRIED = 100 * 10**6
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -63,7 +64,14 @@ class Stored:
 class Source:
     """A model folder, opened for reading."""
 
-    def __init__(self, folder: Path, config: "PreTrainedConfig", stored: dict[str, Stored], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: "PreTrainedConfig",
+        stored: dict[str, Stored],
+        dtype: torch.dtype,
+        ignored: tuple[str, ...] = (),
+    ) -> None:
         self.folder = folder
         self.config = config
         self.stored = stored
@@ -72,6 +80,8 @@ class Source:
         """Of the model that is read: the asked one, or the checkpoint's own."""
         self.carried_from = folder
         """Where tokenizer, licence and the like are: another folder if the weights had to be rewritten."""
+        self.ignored = ignored
+        """Tensors of the checkpoint for which the model has no place."""
 
     @property
     def manifest(self) -> dict[str, Spec]:
@@ -113,12 +123,32 @@ class Source:
         except ValueError:  # a card without readable front matter
             return None
 
-    def check_finite(self) -> None:
-        """Read everything once.  Raises CheckpointError that names the tensors with NaN or infinite entries."""
-        bad = [name for name in self.stored if not torch.isfinite(self.tensor(name)).all()]
+    def warnings(self) -> Iterator[str]:
+        """What a user should know before compressing it."""
+        if self.ignored:
+            shown = ", ".join(self.ignored[:3]) + (", …" if len(self.ignored) > 3 else "")
+            yield f"{len(self.ignored)} tensors of the checkpoint have no place in the model and are left out: {shown}"
+
+    def check_weights(self) -> str:
+        """Read everything once; the checksum of weights and configuration, the same for every copy of a model.
+
+        Raises CheckpointError that names the tensors with NaN or infinite entries.
+        """
+        settings = self.config.to_dict()
+        for local in ("_name_or_path", "transformers_version"):
+            settings.pop(local, None)
+        digest = hashlib.sha256(json.dumps([settings, str(self.dtype)], sort_keys=True, default=str).encode())
+        bad = []
+        for name in sorted(self.stored):
+            tensor = self.tensor(name)
+            if not torch.isfinite(tensor).all():
+                bad.append(name)
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         if bad:
             shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             raise CheckpointError(f"{self.folder}: NaN or infinite weights in {shown}; repair the checkpoint first")
+        return digest.hexdigest()
 
 
 def locate(model: str, revision: str | None = None) -> Path:
@@ -203,7 +233,10 @@ def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bo
                 f"{folder}: {name} differs from {original}, to which the configuration ties it; set "
                 "tie_word_embeddings to false in config.json, or remove the one that is not meant"
             )
-    return Source(folder, config, stored, _dtype_of(config, stored, dtype))
+    placed = {s.name for s in stored.values()} | {c for name in tied for c in (name, name.removeprefix(prefix))}
+    known = [*(skeleton._keys_to_ignore_on_load_unexpected or ()), *COMPUTED]
+    ignored = tuple(n for n in headers if n not in placed and not any(re.search(pattern, n) for pattern in known))
+    return Source(folder, config, stored, _dtype_of(config, stored, dtype), ignored)
 
 
 class ForeignNamesError(CheckpointError):

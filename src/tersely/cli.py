@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LOOK, MAKE, PROVE, SHIP = "look", "make", "prove", "ship"
 
 # Options that take several values, and how many positional arguments their commands have.
-SEVERAL = {"--text", "--calibrate", "--evaluate", "--set", "--target", "--keep"}
+SEVERAL = {"--text", "--calibrate", "--evaluate", "--set", "--target"}
 POSITIONALS = {"bench": 2, "compress": 2, "eval": 1, "plan": 1}
 
 ALONE = {"--debug", "--dry-run", "--fresh", "--speed", "--trust-remote-code"}
@@ -68,7 +68,8 @@ def spread(arguments: list[str]) -> list[str]:
     for i, argument in enumerate(arguments):
         before = arguments[i - 1] if i else ""
         if argument.startswith("-") and argument != "-":
-            option = argument if argument in SEVERAL else None
+            several = SEVERAL | {"--keep"} if command == "bench" else SEVERAL
+            option = argument if argument in several else None
         elif command is None and argument in POSITIONALS:
             command = argument
         elif option is not None and before != option and positionals >= POSITIONALS.get(command or "", 99):
@@ -252,6 +253,8 @@ def eval_(
     from tersely.report.console import evaluation_table
 
     _threads(threads)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise RecipeError(f"--json {json_file}: no such folder; make it first")
     if against is None and (against := recorded_base(model)) is not None:
         _say(f"beside the dense model it was made from: {against}")
     with Reporter() as progress:
@@ -302,7 +305,7 @@ def bench(
     threads: Threads = None,
 ) -> None:
     """Systems side by side on one model, as JSON and a table beside it."""
-    from tersely.bench import BENCHES, Bench, markdown, rows_so_far, run_bench
+    from tersely.bench import BENCHES, Bench, check_bench, markdown, run_bench
     from tersely.errors import unknown
     from tersely.journal import commit_text
     from tersely.progress import Reporter
@@ -316,7 +319,7 @@ def bench(
     keeps, texts = keep or [0.9, 0.8, 0.6, 0.4], text or ["stdlib"]
     job = Bench(model, BENCHES[family], keeps, texts, calibration, length, windows, seed or 0, device or "cpu")
     command = shlex.join(["tersely", *spread(sys.argv[1:])])
-    rows_so_far(file, command)
+    check_bench(job, file, command)
     with _working(), Reporter() as progress:
         rows = run_bench(job, file, command, progress)
     commit_text(file.with_suffix(".md"), markdown(rows, command))

@@ -1,12 +1,13 @@
 """The main job on the bundled model: calibrate, three methods at two sizes, a table, a report."""
 
+import json
 import shutil
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from rich.table import Table
 
-from tersely.bench import Bench, Entry, Row, markdown, run_bench
+from tersely.bench import Bench, Entry, Row, bench_content, markdown, rows_so_far, run_bench
 from tersely.errors import CheckpointError
 from tersely.journal import commit_text
 from tersely.recipe import Calibration
@@ -22,26 +23,39 @@ ENTRIES = (
     Entry("svd_llm", "greedy", "block"),
 )
 WINDOWS = 128
-MARK = "demo.json"
+MARK, COMMAND = "demo.json", "tersely demo"
 
 
 def check_place(out: Path) -> None:
     """Raises CheckpointError for a folder that is neither new, nor empty, nor a demo."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; choose a folder")
-    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise CheckpointError(f"{out} exists and is no demo; choose another folder or remove it")
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARK).is_file():
+            raise CheckpointError(f"{out} exists and is no demo; choose another folder or remove it")
+        rows_so_far(out / MARK, COMMAND)
+
+
+def _clear(out: Path) -> None:
+    """Remove what a demo makes, and nothing else."""
+    for name in (MARK, "table.md", "report.html"):
+        (out / name).unlink(missing_ok=True)
+    for folder in [*(entry.folder(keep) for entry in ENTRIES for keep in KEEPS), "statistics"]:
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
 def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
     """Compress the bundled model in every way of `ENTRIES`, evaluate, and write folders, JSON and a page into `out`.
 
-    Calibration and evaluation text are disjoint modules of this Python's standard library.  What stands in `out` is
-    removed first; see `check_place`.
+    Calibration and evaluation text are disjoint modules of this Python's standard library.  A demo
+    that was stopped goes on, one that is complete is made anew.
     """
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "report.html"
+    if page.exists():
+        _clear(out)
+    if not (out / MARK).exists():
+        commit_text(out / MARK, json.dumps(bench_content(COMMAND, [])))
     with as_file(files("tersely").joinpath("assets/demo")) as model:
         bench = Bench(
             model=str(model),
@@ -51,10 +65,9 @@ def run_demo(out: Path, progress: Progress) -> tuple[Table, Path]:
             calibration=Calibration(["stdlib"]),
             windows=WINDOWS,
         )
-        rows = run_bench(bench, out / MARK, "tersely demo", progress, keep_folders=out)
-    shutil.rmtree(out / "statistics")
-    commit_text(out / "table.md", markdown(rows, "tersely demo"))
-    page = out / "report.html"
+        rows = run_bench(bench, out / MARK, COMMAND, progress, keep_folders=out)
+    shutil.rmtree(out / "statistics", ignore_errors=True)
+    commit_text(out / "table.md", markdown(rows, COMMAND))
     commit_text(page, comparison_page("The bundled model, compressed", rows))
     return demo_table(rows), page
 

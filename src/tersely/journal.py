@@ -23,7 +23,7 @@ FOLDER = ".tersely"
 
 def commit(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour, sync it, and rename it to `path`; readable as the umask says."""
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     temporary.unlink(missing_ok=True)
     temporary.touch()
     mode = temporary.stat().st_mode  # some writers create their files readable by the owner alone
@@ -111,6 +111,8 @@ class Journal:
 
     def finish(self) -> None:
         """The output is complete: forget the units."""
+        for torn in self.folder.parent.glob(".*.writing"):  # left by a process that was killed while writing
+            torn.unlink()
         _sync_folder(self.folder.parent)
         for path in self.folder.iterdir():
             if path.name != "run.json":  # what says that the run is unfinished goes last

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tersely.anatomy import Anatomy, anatomy_of, model_class
+from tersely.anatomy import Anatomy, anatomy_of, model_class, needs_first_token
 from tersely.calibrate import StatisticsStore
 from tersely.checkpoint import Source, locate, open_source, read_config, read_headers, read_tokenizer, write_model
-from tersely.errors import RecipeError
+from tersely.errors import RecipeError, TerselyError
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation.memory import peak_memory
 from tersely.journal import Journal, commit_text
@@ -25,7 +25,6 @@ from tersely.prepare import (
     build_allocator,
     build_method,
     check_device,
-    identity,
     prepare,
     spills,
 )
@@ -96,13 +95,23 @@ def compress(
     return run(prepare(recipe, Path(out)), progress=progress)
 
 
-def load(model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu") -> "PreTrainedModel":
-    """Open a folder or hub model with the class that its configuration names."""
+def load(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> "PreTrainedModel":
+    """Open a folder or hub model with the class that its configuration names.
+
+    `trust_remote_code` accepts a folder that brings its own code; that code is not run, the library's class is used.
+    """
     folder = locate(str(model))
     check_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise RecipeError(f"dtype {dtype!r}; wanted auto, float32, float16 or bfloat16")
-    model_on_cpu: Any = model_class(read_config(folder)).from_pretrained(folder, dtype=dtype)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    model_on_cpu: Any = model_class(config).from_pretrained(folder, dtype=dtype)
     return model_on_cpu.to(device)
 
 
@@ -117,6 +126,7 @@ def evaluate(
     speed: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Perplexity of a model on texts; with `against` also KL divergence and top-1 agreement to that model.
@@ -125,17 +135,21 @@ def evaluate(
     """
     if isinstance(model, str | Path):
         folder = locate(str(model))
-        opened = load(folder, dtype=dtype, device=device)
+        opened = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     else:
         folder, opened = locate(str(model.name_or_path)), model
-    dense = load(against, dtype=opened.dtype, device=device) if isinstance(against, str | Path) else against
+    dense: PreTrainedModel | None
+    if isinstance(against, str | Path):
+        dense = load(against, dtype=opened.dtype, device=device, trust_remote_code=trust_remote_code)
+    else:
+        dense = against
     return measure(
         opened,
-        read_tokenizer(folder),
+        read_tokenizer(folder, trust_remote_code=trust_remote_code),
         [text] if isinstance(text, str) else list(text),
         length=length,
         stride=stride,
-        first_token=anatomy_of(opened).needs_first_token,
+        first_token=needs_first_token(opened.config),
         windows=windows,
         against=dense,
         speed=speed,
@@ -145,12 +159,18 @@ def evaluate(
 
 
 def recorded_base(model: str) -> str | None:
-    """The local folder that a compressed folder was made from, if its recipe names one that is still there."""
+    """The local folder that a compressed folder was made from, if it is still there and still holds the same model."""
     recipe = Path(model) / "recipe.toml"
     if not recipe.is_file():
         return None
-    base = read_recipe(recipe).model
-    return base if Path(base).is_dir() else None
+    asked, report = read_recipe(recipe), json.loads((Path(model) / "report.json").read_text(encoding="utf-8"))
+    if not Path(asked.model).is_dir():
+        return None
+    try:
+        found = open_source(Path(asked.model), dtype=asked.dtype).check_weights()
+    except TerselyError:
+        return None
+    return asked.model if found == report["base_sha256"] else None
 
 
 def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progress = quiet) -> Result:
@@ -160,6 +180,7 @@ def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progres
     """
     begun = time.perf_counter()
     recipe, journal, out = prepared.recipe, prepared.journal, prepared.out
+    torch.set_float32_matmul_precision("highest")  # statistics and replay are measurements: no TF32
     journal.begin()
     source, anatomy = prepared.source, prepared.anatomy
     done: list[tuple[Job, Outcome]] = []
@@ -168,7 +189,8 @@ def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progres
         job = _job(prepared, number, source, anatomy, statistics, progress)
         outcome = run_sweeps(job)
         done.append((job, outcome))
-        write_model(target, source, outcome.replaced, parse_size(recipe.shard_size))
+        if not (target / "config.json").exists():  # written last: with it the step is done
+            write_model(target, source, outcome.replaced, parse_size(recipe.shard_size))
         source = open_source(target, trust_remote_code=recipe.trust_remote_code)
         anatomy = anatomy_of(source.skeleton())
     report = _report(prepared, done, source)
@@ -180,6 +202,7 @@ def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progres
             length=recipe.evaluation.length,
             windows=recipe.evaluation.windows,
             device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
             progress=progress,
         )
     report.seconds["everything"] = time.perf_counter() - begun
@@ -206,12 +229,13 @@ def _job(
     store = None
     if tokens is not None and (statistics is not None or spills(step, method)):
         measured_on = {
-            "model": identity(prepared.recipe, source.folder) if statistics is None else _content(source),
+            "model": prepared.digest if number == 0 else source.check_weights(),
+            "versions": versions(),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "shape": tuple(tokens.shape),
             "dtype": str(source.dtype),
         }
-        store = StatisticsStore(statistics or journal.folder, measured_on)
+        store = StatisticsStore(statistics or journal.folder, measured_on, shared=statistics is not None)
     return Job(
         source=source,
         anatomy=anatomy,
@@ -228,15 +252,6 @@ def _job(
     )
 
 
-def _content(source: Source) -> str:
-    """Identity of a model by what it holds, so that statistics serve every copy of it."""
-    digest = hashlib.sha256()
-    for name in sorted(source.stored):
-        digest.update(name.encode())
-        digest.update(source.tensor(name).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _report(prepared: Prepared, done: Sequence[tuple[Job, Outcome]], result: Source) -> Report:
     recipe, anatomy = prepared.recipe, prepared.anatomy
     selected = {site.name for job, _ in done for site in job.sites}
@@ -247,20 +262,24 @@ def _report(prepared: Prepared, done: Sequence[tuple[Job, Outcome]], result: Sou
         for s in targets
         if f"{s.name}.weight" in result.stored and result.stored[f"{s.name}.weight"].shape != (0,)
     ]
-    coverage = anatomy.coverage(targets, dense)
+    degraded = {site: reason for _, outcome in done for site, reason in outcome.degraded.items()}
+    coverage = anatomy.coverage(
+        targets, {name: "degraded, left dense" if name in degraded else "left dense by the plan" for name in dense}
+    )
     seconds: dict[str, float] = {}
     for _, outcome in done:
         for stage, spent in outcome.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     return Report(
         model=recipe.model,
+        base_sha256=prepared.digest,
         recipe=asdict(recipe),
         versions=versions(),
         coverage=coverage,
         rows=_sizes(prepared, [s.name for s in targets], result),
         sites=[row for number, (job, outcome) in enumerate(done) for row in _site_rows(job, outcome, number)],
         kept=[asdict(kept) for kept in anatomy.kept],
-        degraded={site: reason for _, outcome in done for site, reason in outcome.degraded.items()},
+        degraded=degraded,
         warnings=list(prepared.warnings),
         calibration=None if prepared.windows is None else prepared.windows.describe(),
         seconds=seconds,

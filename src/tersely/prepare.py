@@ -5,6 +5,7 @@ tokens, its output is free and the disk is large enough.
 """
 
 import hashlib
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,12 @@ from tersely.checkpoint import (
     rewrite_names,
 )
 from tersely.errors import CheckpointError, RecipeError, TerselyError, unknown
+from tersely.evaluation.perplexity import cut, require_causal
 from tersely.journal import Journal
 from tersely.methods import METHODS, Method
 from tersely.recipe import Recipe, Step
 from tersely.sweeps import dense_bytes, size_curves
-from tersely.text import read_text, window_length
+from tersely.text import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +52,8 @@ class Prepared:
     recipe: Recipe
     out: Path
     source: Source
+    digest: str
+    """Checksum of the model's weights and configuration."""
     anatomy: Anatomy
     tokenizer: "PreTrainedTokenizerBase"
     windows: Windows | None
@@ -86,7 +90,7 @@ def examine(recipe: Recipe, rewritten: Path) -> Examined:
     sites = anatomy.select(recipe.step[0].target)
     for step, method in zip(recipe.step[1:], methods[1:], strict=True):
         # patterns and factors are for what former steps will have made; what stands in the model now is checked now
-        roles = [word for word in step.target if "*" not in word and word.rpartition(".")[2] not in ("down", "up")]
+        roles = [word for word in step.target if "*" not in word and word.count(".") < 2]
         if roles:
             check_budget(step, method, anatomy.select(roles), source)
     budget = check_budget(recipe.step[0], methods[0], sites, source)
@@ -116,26 +120,26 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     above = next(place for place in out.absolute().parents if place.exists())
     if not above.is_dir():
         raise CheckpointError(f"{out}: {above} is a file; choose another place")
-    journal = Journal(out, identity(recipe, folder))
+    methods = [build_method(step.method, step.options) for step in recipe.step]
+    calibrated = any(method.needs for method in methods) or recipe.calibration.source != ["stdlib"]
+    texts = [read_text(source, "calibration").sha256 for source in recipe.calibration.source] if calibrated else []
+    journal = Journal(out, identity(recipe, folder, texts))
     journal.check(fresh=fresh)
-    for text in recipe.evaluation.text:
-        read_text(text, "evaluation")
-    if recipe.evaluation.text:
-        window_length(config, recipe.evaluation.length)
     found = examine(recipe, journal.renamed)
-    windows, warnings = None, []
-    if any(method.needs for method in found.methods) or recipe.calibration.source != ["stdlib"]:
+    _check_evaluation(recipe, tokenizer, found)
+    windows, warnings = None, list(found.source.warnings())
+    if calibrated:
         first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
         if found.anatomy.needs_first_token and first_token is None:
             raise RecipeError(
                 f"{folder}: {found.anatomy.family} needs a first token and the tokenizer has no bos_token"
             )
         windows = read_windows(recipe.calibration, tokenizer, config, recipe.seed, first_token)
-        warnings = [w for w in (windows.shortage(max(site.in_features for site in found.sites)),) if w]
+        warnings += [w for w in (windows.shortage(max(site.in_features for site in found.sites)),) if w]
     _check_disk(out, found.disk_bytes)
-    found.source.check_finite()
+    digest = found.source.check_weights()
     resolved = _resolved(recipe, found.methods, found.source, windows)
-    return Prepared(resolved, out, found.source, found.anatomy, tokenizer, windows, journal, tuple(warnings))
+    return Prepared(resolved, out, found.source, digest, found.anatomy, tokenizer, windows, journal, tuple(warnings))
 
 
 def build_method(name: str, options: Mapping[str, Any]) -> Method:
@@ -170,7 +174,11 @@ def budget_bytes(step: Step, sites: Sequence[Site], source: Source) -> int:
         return int(Fraction(str(step.keep)) * dense)  # 0.8 of 10 bytes is 8, though 0.8 in binary is not
     if step.bits is not None:
         weights = sum(site.out_features * site.in_features for site in sites)
-        return min(dense, int(Fraction(str(step.bits)) * weights / 8))
+        budget = int(Fraction(str(step.bits)) * weights / 8)
+        if budget >= dense:
+            now = f"the targets take {8 * dense / weights:g} bits per weight now"
+            raise RecipeError(f"bits {step.bits}: {now}; ask for less")
+        return budget
     beside = source.nbytes() - dense + sum(path.stat().st_size for path in carried_files(source.carried_from))
     beside += OVERHEAD + OVERHEAD_PER_SITE * len(sites)
     left = (step.size_bytes or 0) - beside
@@ -208,12 +216,14 @@ def disk_needed(recipe: Recipe, source: Source, sites: Sequence[Site]) -> int:
     return steps * (source.nbytes() + targets) + grams + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
 
 
-def identity(recipe: Recipe, folder: Path) -> str:
-    """What a run is a run of: the recipe, and the model's files by name, size and time of change."""
+def identity(recipe: Recipe, folder: Path, texts: Sequence[str]) -> str:
+    """What a run is a run of: release, recipe, checksums of its texts, the model's files by name, size, time of
+    change."""
     files = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()
     )
-    return hashlib.sha256(repr((recipe.fingerprint(), files)).encode()).hexdigest()
+    what = (importlib.metadata.version("tersely"), recipe.fingerprint(), list(texts), files)
+    return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def _open(folder: Path, recipe: Recipe, rewritten: Path) -> Source:
@@ -229,6 +239,23 @@ def _open(folder: Path, recipe: Recipe, rewritten: Path) -> Source:
         return source
 
 
+def _check_evaluation(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", found: Examined) -> None:
+    """A result that cannot be measured as asked must be known before hours of work, not after."""
+    asked = recipe.evaluation
+    if not asked.text:
+        return
+    require_causal(found.source.skeleton())
+    for text in asked.text:
+        cut(
+            read_text(text, "evaluation"),
+            tokenizer,
+            found.source.config,
+            length=asked.length,
+            first_token=found.anatomy.needs_first_token,
+            limit=asked.windows,
+        )
+
+
 def _resolved(recipe: Recipe, methods: Sequence[Method], source: Source, windows: Windows | None) -> Recipe:
     """The recipe with every default that took effect written out."""
     steps = [replace(step, options=asdict(method)) for step, method in zip(recipe.step, methods, strict=True)]  # type: ignore[call-overload]
@@ -240,8 +267,8 @@ def _resolved(recipe: Recipe, methods: Sequence[Method], source: Source, windows
 
 def check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise RecipeError(f"device {device!r} is not available here ({reason}); cpu always is") from error
 

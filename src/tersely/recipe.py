@@ -173,8 +173,9 @@ class Recipe:
         return tomli_w.dumps(plain | {"step": steps})
 
     def fingerprint(self) -> str:
-        """Identity of everything that can change the result; two equal recipes have the same one."""
-        return hashlib.sha256(json.dumps(_canonical(dataclasses.asdict(self)), sort_keys=True).encode()).hexdigest()
+        """Identity of everything that can change the weights; two recipes that say the same have the same one."""
+        said = {key: value for key, value in dataclasses.asdict(self).items() if key != "evaluation"}
+        return hashlib.sha256(json.dumps(_canonical(said), sort_keys=True).encode()).hexdigest()
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -110,6 +110,13 @@ def compress(job: Job) -> Outcome:
         outcome.errors |= unit.errors
         outcome.degraded |= unit.degraded
         job.progress("compressing", index + 1, len(job.anatomy.blocks))
+        errors = [error for error in unit.errors.values() if error is not None]
+        mean = f", {sum(errors) / len(errors):.4f} mean rel. error" if errors else ""
+        logger.info("block %d/%d: %d sites cut%s", index + 1, len(job.anatomy.blocks), len(unit.replaced), mean)
+    for index in range(len(job.anatomy.blocks)):
+        if job.journal.has(f"curves/{index:04}.json"):
+            offered = job.journal.read_json(f"curves/{index:04}.json")
+            outcome.degraded |= {site: why for site, why in offered.items() if isinstance(why, str)}
     outcome.seconds = clock.seconds
     return outcome
 
@@ -127,7 +134,8 @@ def _plan(job: Job, blocks: Blocks, clock: "_Clock") -> Plan:
                     job.journal.write_json(unit, _curves(job, index, stats))
             options = job.journal.read_json(unit)
             for site in job.in_block(index):
-                of_site = [Option(*option) for option in options[site.name]]
+                offered = options[site.name]
+                of_site = [] if isinstance(offered, str) else [Option(*option) for option in offered]
                 curves.append(curve_of(site.name, of_site, dense_bytes(site, job.source)))
             job.progress("measuring", index + 1, len(job.anatomy.blocks))
     else:
@@ -138,11 +146,18 @@ def _plan(job: Job, blocks: Blocks, clock: "_Clock") -> Plan:
     return plan
 
 
-def _curves(job: Job, index: int, stats: Mapping[str, Stats]) -> dict[str, list[tuple[int | None, int, float | None]]]:
-    options = {}
+def _curves(job: Job, index: int, stats: Mapping[str, Stats]) -> dict[str, Any]:
+    """Site → its options as plain values, or why there are none."""
+    options: dict[str, Any] = {}
     for site in job.in_block(index):
         weight = _weight(job.source.tensor(f"{site.name}.weight"), site).to(job.device)
-        offered = job.method.options(weight, stats.get(site.reads, Stats()))
+        try:
+            offered = job.method.options(weight, stats.get(site.reads, Stats()))
+        except (NumericalError, torch.linalg.LinAlgError) as error:
+            if job.step.on_failure == "raise":
+                raise NumericalError(f"{site.name}: {error}") from error
+            options[site.name] = str(error)
+            continue
         options[site.name] = [(o.amount, o.nbytes, o.error) for o in offered]
     return options
 
@@ -197,7 +212,7 @@ def _cut_in_stream(job: Job, block: nn.Module, index: int, replay: Replay, plan:
     unit = _Unit()
     sites = job.in_block(index)
     chosen = {site.name for site in sites}
-    groups: list[tuple[Site, ...]] = [sites]
+    groups: list[tuple[Site, ...]] = [sites] if sites else []
     if job.step.propagate == "input":
         in_order = [tuple(s for s in group if s.name in chosen) for _, group in job.anatomy.inputs(index)]
         groups = [group for group in in_order if group]
@@ -274,8 +289,9 @@ def _dense_statistics(
             replay = replay or Replay(job.source, job.anatomy, job.windows, job.device)
             while replay.at < index:
                 replay.observe(blocks.dense(replay.at), {}, advance=True)
-            # a store serves every later choice of targets, so it is given all inputs of the block
-            wanted = job.in_block(index) if job.store is None else job.anatomy.sites
+            # a shared store serves every later choice of targets, so it is given all inputs of the block
+            shared = job.store is not None and job.store.shared
+            wanted = job.anatomy.sites if shared else job.in_block(index)
             kinds = needs if job.store is None else job.needs
             watched = watch_list(job.anatomy, index, wanted, kinds, job.device)
             replay.observe(blocks.dense(index), watched, advance=True)
@@ -283,6 +299,7 @@ def _dense_statistics(
         if job.store is not None:
             job.store.write(index, stats)
         yield index, stats
+        del watched, stats  # before the next block's are gathered
 
 
 def _commit_unit(job: Job, index: int, unit: _Unit) -> _Unit:

@@ -16,6 +16,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -90,6 +91,15 @@ def tokenise(content: str, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
     # verbose=False: the warning about a sequence beyond the context does not apply, windows are cut from it
     numbers = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(numbers, dtype=torch.long)
+
+
+def check_vocabulary(tokens: "Tensor", config: "PreTrainedConfig") -> None:
+    """Raises RecipeError for token numbers that the model does not have."""
+    vocabulary = config.get_text_config().vocab_size
+    if len(tokens) and (largest := int(tokens.max())) >= vocabulary:
+        raise RecipeError(
+            f"the tokenizer made token {largest}, the model knows {vocabulary} tokens; use the model's own tokenizer"
+        )
 
 
 def context_length(config: "PreTrainedConfig") -> int | None:
@@ -193,6 +203,7 @@ def _jsonl(path: Path) -> str:
     return SEPARATOR.join(documents)
 
 
+@lru_cache(maxsize=8)  # a stream is read once a process, not once a use
 def _dataset(name: str, purpose: Purpose) -> str:
     looks_like_file = name.startswith((".", "/", "~")) or Path(name).suffix in {".txt", ".jsonl", ".raw", ".tokens"}
     if looks_like_file and not Path(name.partition(":")[0]).is_dir():

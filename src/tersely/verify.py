@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tersely.anatomy import model_class
 from tersely.checkpoint import load_with_report, open_source, read_config, read_tokenizer
 from tersely.errors import CheckpointError, TerselyError
@@ -14,6 +16,8 @@ from tersely.journal import FOLDER
 from tersely.kinds import manifest_of
 
 CHECKSUMS = "checksums.json"
+LOADED = (".safetensors", ".bin", ".json", ".py")
+"""Files that a reader may take for a part of the model."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,16 @@ def verify(folder: Path) -> Iterator[Check]:
         )
     yield _check("checksums", lambda: _checksums(folder))
     yield _check("manifest", lambda: _manifest(folder))
-    yield _check("weights", lambda: _weights(folder))
-    yield _check("reopens", lambda: _reopens(folder))
+    weights = _check("weights", lambda: _weights(folder))
+    yield weights
+    if weights.passed:  # what cannot be read cannot be reopened
+        yield _check("reopens", lambda: _reopens(folder))
 
 
 def _check(name: str, run: Callable[[], str]) -> Check:
     try:
         return Check(name, True, run())
-    except (TerselyError, RuntimeError, OSError, ValueError, KeyError) as error:
+    except (TerselyError, SafetensorError, RuntimeError, OSError, ValueError, KeyError) as error:
         return Check(name, False, str(error).strip().partition("\n")[0])
 
 
@@ -67,6 +73,10 @@ def _checksums(folder: Path) -> str:
     changed = [name for name, sha256 in listed.items() if checksum(folder / name) != sha256]
     if changed:
         raise CheckpointError(f"changed since they were written: {', '.join(changed)}")
+    added = [path.name for path in folder.iterdir() if path.suffix in LOADED and path.name not in listed]
+    added = [name for name in added if not _unlisted(name)]
+    if added:
+        raise CheckpointError(f"not written by the run that made this folder: {', '.join(sorted(added))}")
     return f"{len(listed)} files are as they were written"
 
 
@@ -82,7 +92,7 @@ def _manifest(folder: Path) -> str:
 
 def _weights(folder: Path) -> str:
     source = open_source(folder)
-    source.check_finite()
+    source.check_weights()
     return f"{len(source.stored)} tensors, all finite"
 
 

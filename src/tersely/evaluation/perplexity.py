@@ -38,7 +38,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from tersely.errors import NumericalError, RecipeError
-from tersely.text import Text, tokenise, window_length
+from tersely.text import Text, check_vocabulary, tokenise, window_length
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many units are done, and of how many."""
@@ -161,11 +161,7 @@ def cut(
             f"text {text.source} has {len(tokens)} tokens, one window takes {width}; "
             "give a longer text or a smaller length"
         )
-    vocabulary = vocabulary_size(config)
-    if (largest := int(tokens.max())) >= vocabulary:
-        raise RecipeError(
-            f"the tokenizer made token {largest}, the model knows {vocabulary} tokens; use the model's own tokenizer"
-        )
+    check_vocabulary(tokens, config)
     content = tokens.unfold(0, width, min(stride, width))[:limit]
     return Windows(text, length, stride, first, content)
 

@@ -44,6 +44,8 @@ class Report:
     recipe: dict[str, Any]
     versions: dict[str, str]
     coverage: str
+    base_sha256: str = ""
+    """Checksum of the dense model's weights and configuration."""
     rows: list[Row] = field(default_factory=list)
     sites: list[SiteRow] = field(default_factory=list)
     kept: list[dict[str, Any]] = field(default_factory=list)

@@ -64,4 +64,5 @@ class WhitenedSVD:
         power = gram.diagonal().mean()
         if power == 0:  # nothing was observed: every direction counts alike
             return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        return gram + self.damping * power * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        gram.diagonal().add_(self.damping * power)  # of the fresh tensor that `mean` made
+        return gram
