@@ -95,7 +95,10 @@ def test_an_estimate_counts_what_headers_say():
     assert figures.seconds > 0
 
 
-def test_an_estimate_grows_with_what_is_asked():
+def test_an_estimate_grows_with_what_is_asked(monkeypatch):
+    monkeypatch.setattr(
+        "tersely.estimate._rate", lambda work, operations: 1e10
+    )  # the probes are as noisy as the machine
     none, block = estimate(asked(propagate="none")), estimate(asked(propagate="input"))
     assert block.seconds > none.seconds
     assert none.disk_bytes > block.disk_bytes  # statistics are spilled
@@ -244,3 +247,19 @@ def test_a_demo_does_not_remove_what_is_not_its_own(tmp_path, capsys):
     assert run("demo", tmp_path) == 2
     assert "exists and is no demo" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_plan_of_foreign_names_reads_the_configuration_and_rewrites_nothing(tmp_path, monkeypatch):
+    """A pickled checkpoint: sizes are those of its own safetensors, and no weight is loaded to say so."""
+    model = tmp_path / "model"
+    load(DEMO).save_pretrained(model)
+    torch.save({}, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    before = {path.name for path in model.iterdir()}
+    monkeypatch.setattr("tersely.prepare.rewrite_names", None)
+    plain = {"model": str(model), "step": [{"method": "svd_llm", "keep": 0.5}]}
+    figures, known = estimate(recipe_from(plain)), estimate(asked())
+    assert figures.from_configuration and not known.from_configuration
+    assert (figures.model_bytes, figures.touched_bytes) == (known.model_bytes, known.touched_bytes)
+    assert figures.disk_bytes == known.disk_bytes + known.model_bytes
+    assert {path.name for path in model.iterdir()} == before

@@ -125,11 +125,9 @@ def check_bench(bench: Bench, file: Path, command: str) -> None:
         read_text(text, "evaluation")
     for source in bench.calibration.source:
         read_text(source, "calibration")
-    with tempfile.TemporaryDirectory() as work:
-        for keep in bench.keeps:
-            for entry in bench.entries:
-                recipe = Recipe(bench.model, [entry.step(keep)], bench.calibration, device=bench.device)
-                examine(recipe, Path(work) / "source")
+    for keep in bench.keeps:
+        for entry in bench.entries:
+            examine(Recipe(bench.model, [entry.step(keep)], bench.calibration, device=bench.device), None)
 
 
 def _compressed(bench: Bench, entry: Entry, keep: float, out: Path, statistics: Path) -> Result:

@@ -84,6 +84,11 @@ class Source:
         """Tensors of the checkpoint for which the model has no place."""
 
     @property
+    def is_outline(self) -> bool:
+        """Whether only names and shapes are known; see `outline`."""
+        return any(stored.file == self.folder for stored in self.stored.values())
+
+    @property
     def manifest(self) -> dict[str, Spec]:
         plain = getattr(self.config, "quantization_config", None)
         return {} if plain is None else read_manifest(plain)
@@ -151,8 +156,11 @@ class Source:
         return digest.hexdigest()
 
 
-def locate(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one, or the hub's, downloaded.  Raises CheckpointError if there is neither."""
+def locate(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The folder of a model: a local one, or the hub's, downloaded, without its weights if they are not wanted.
+
+    Raises CheckpointError if there is neither.
+    """
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -163,6 +171,8 @@ def locate(model: str, revision: str | None = None) -> Path:
             f"{model}: no such folder; give a folder with config.json, or a hub name such as owner/name"
         )
     ignored = ["*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot", "original/*", "onnx/*", "openvino/*"]
+    if not weights:
+        ignored += ["*.safetensors", "*.bin"]
     try:
         return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -237,6 +247,16 @@ def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bo
     known = [*(skeleton._keys_to_ignore_on_load_unexpected or ()), *COMPUTED]
     ignored = tuple(n for n in headers if n not in placed and not any(re.search(pattern, n) for pattern in known))
     return Source(folder, config, stored, _dtype_of(config, stored, dtype), ignored)
+
+
+def outline(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> Source:
+    """A source that knows what its configuration says: names and shapes, but no file to read a number from."""
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    manifest = read_manifest(config.quantization_config) if getattr(config, "quantization_config", None) else {}
+    skeleton = _skeleton(config, manifest)
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    held = _dtype_of(config, {}, dtype)
+    return Source(folder, config, {n: Stored(folder, n, shapes[n], held) for n in _untied(skeleton)}, held)
 
 
 class ForeignNamesError(CheckpointError):

@@ -6,11 +6,9 @@ divides by what this machine reaches on two small probes, a product and an eigen
 two.
 """
 
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -39,26 +37,30 @@ class Estimate:
     disk_bytes: int
     memory_bytes: int
     seconds: float
+    from_configuration: bool
+    """No headers were at hand: a hub model, or tensors under foreign names (which a run first loads and renames)."""
 
 
 def estimate(recipe: Recipe) -> Estimate:
     """Check a recipe as far as headers tell, write nothing, run nothing, and say what it would take."""
-    with tempfile.TemporaryDirectory() as work:
-        found = examine(recipe, Path(work) / "source")
-        roles: dict[str, tuple[int, int]] = {}
-        for site in found.sites:
-            count, nbytes = roles.get(site.role, (0, 0))
-            roles[site.role] = count + 1, nbytes + dense_bytes(site, found.source)
-        return Estimate(
-            coverage=found.anatomy.coverage(found.sites),
-            roles=roles,
-            model_bytes=found.source.nbytes(),
-            touched_bytes=sum(nbytes for _, nbytes in roles.values()),
-            budget=found.budget,
-            disk_bytes=found.disk_bytes,
-            memory_bytes=_memory(recipe, found),
-            seconds=_seconds(recipe, found),
-        )
+    found = examine(recipe, None)
+    roles: dict[str, tuple[int, int]] = {}
+    for site in found.sites:
+        count, nbytes = roles.get(site.role, (0, 0))
+        roles[site.role] = count + 1, nbytes + dense_bytes(site, found.source)
+    whole = found.source.nbytes()
+    renamed = whole if found.source.is_outline else 0
+    return Estimate(
+        coverage=found.anatomy.coverage(found.sites),
+        roles=roles,
+        model_bytes=whole,
+        touched_bytes=sum(nbytes for _, nbytes in roles.values()),
+        budget=found.budget,
+        disk_bytes=found.disk_bytes + renamed,
+        memory_bytes=max(_memory(recipe, found), PROCESS + renamed),
+        seconds=_seconds(recipe, found),
+        from_configuration=found.source.is_outline,
+    )
 
 
 def estimate_table(figures: Estimate) -> Table:
@@ -77,6 +79,12 @@ def estimate_table(figures: Estimate) -> Table:
     table.add_row("peak memory, about", format_value(figures.memory_bytes, "bytes"))
     table.add_row("disk while it runs, at most", format_value(figures.disk_bytes, "bytes"))
     table.add_row("time, about", _duration(figures.seconds))
+    if figures.from_configuration:
+        table.caption = (
+            "from the configuration alone; if the weights are not stored under the modules' names, a run loads"
+        )
+        table.caption += " the whole model once to rename them (counted above)"
+        table.caption_justify = "left"
     return table
 
 

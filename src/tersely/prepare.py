@@ -26,6 +26,7 @@ from tersely.checkpoint import (
     carried_files,
     locate,
     open_source,
+    outline,
     read_config,
     read_tokenizer,
     rewrite_names,
@@ -75,17 +76,19 @@ class Examined:
     disk_bytes: int
 
 
-def examine(recipe: Recipe, rewritten: Path) -> Examined:
+def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     """Check a recipe against names, configuration and headers; no tensor is read.
 
     A checkpoint whose tensors do not bear the modules' names is first loaded and stored in the folder `rewritten` (see
-    `checkpoint.rewrite_names`); nothing else is written.
+    `checkpoint.rewrite_names`); nothing else is written.  With None it is not: the configuration then says what the
+    headers cannot, and of a hub model no weight is downloaded.
     """
     methods = tuple(build_method(step.method, step.options) for step in recipe.step)
     for step in recipe.step:
         build_allocator(step.allocate)
     check_device(recipe.device)
-    source = _open(locate(recipe.model, recipe.revision), recipe, rewritten)
+    folder = locate(recipe.model, recipe.revision, weights=rewritten is not None)
+    source = _open(folder, recipe, rewritten)
     anatomy = anatomy_of(source.skeleton())
     sites = anatomy.select(recipe.step[0].target)
     for step, method in zip(recipe.step[1:], methods[1:], strict=True):
@@ -213,7 +216,8 @@ def disk_needed(recipe: Recipe, source: Source, sites: Sequence[Site]) -> int:
     spilled = any(spills(step, build_method(step.method, step.options)) for step in recipe.step)
     grams = sum({site.reads: 8 * site.in_features**2 for site in sites}.values()) if spilled else 0
     steps = len(recipe.step)
-    return steps * (source.nbytes() + targets) + grams + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
+    renamed = source.nbytes() if source.carried_from != source.folder else 0
+    return renamed + steps * (source.nbytes() + targets) + grams + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
 
 
 def identity(recipe: Recipe, folder: Path, texts: Sequence[str]) -> str:
@@ -226,13 +230,16 @@ def identity(recipe: Recipe, folder: Path, texts: Sequence[str]) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
-def _open(folder: Path, recipe: Recipe, rewritten: Path) -> Source:
+def _open(folder: Path, recipe: Recipe, rewritten: Path | None) -> Source:
     dtype, trust = recipe.dtype, recipe.trust_remote_code
     try:
         return open_source(folder, dtype=dtype, trust_remote_code=trust)
     except ForeignNamesError:
+        if rewritten is None:
+            return outline(folder, dtype=dtype, trust_remote_code=trust)
         if not (rewritten / "config.json").exists():  # written last: without it an earlier try was cut short
             shutil.rmtree(rewritten, ignore_errors=True)
+            _check_disk(rewritten, outline(folder, dtype=dtype, trust_remote_code=trust).nbytes())
             rewrite_names(folder, rewritten, trust_remote_code=trust)
         source = open_source(rewritten, dtype=dtype, trust_remote_code=trust)
         source.carried_from = folder
