@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import tersely
 from conftest import WORDS
 from tersely import cli, sweeps
+from tersely.checkpoint import read_tokenizer
 from tersely.errors import NumericalError
 from tersely.generate import stream
 
@@ -596,7 +597,7 @@ def test_generate_continues_as_the_model_does(tersely_, compressed):
     status, out, _ = tersely_("generate", compressed(), "--prompt", "w5 w6 w7", "--tokens", "10")
     assert status == 0
     assert out.strip() == words
-    pieces = list(stream(str(compressed()), "w5 w6 w7", 10, 0.0, 0, "cpu", "auto"))
+    pieces = list(stream(model, read_tokenizer(compressed()), "w5 w6 w7", 10, 0.0, 0))
     assert len(pieces) > 1
     assert "".join(pieces).strip() == words
 

@@ -245,8 +245,11 @@ def eval_(
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity with its protocol, KL and top-1 agreement to the dense model, tokens per second, memory."""
+    from tersely.checkpoint import locate
     from tersely.journal import commit_text
     from tersely.pipeline import evaluate, recorded_base
     from tersely.progress import Reporter
@@ -259,7 +262,7 @@ def eval_(
         _say(f"beside the dense model it was made from: {against}")
     with Reporter() as progress:
         figures = evaluate(
-            model,
+            model if revision is None else locate(model, revision),
             text or ([] if speed else ["stdlib"]),
             against=against,
             length=length,
@@ -268,6 +271,7 @@ def eval_(
             speed=speed,
             dtype=dtype or "auto",
             device=device or "cpu",
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json_file is not None:
@@ -336,12 +340,19 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Continue a text, streaming."""
+    from tersely.checkpoint import locate, read_tokenizer
     from tersely.generate import stream
+    from tersely.pipeline import load
 
     _threads(threads)
-    for piece in stream(model, prompt, tokens, temperature, seed or 0, device or "cpu", dtype or "auto"):
+    folder = locate(model, revision)
+    opened = load(folder, dtype=dtype or "auto", device=device or "cpu", trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    for piece in stream(opened, tokenizer, prompt, tokens, temperature, seed or 0):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -5,32 +5,33 @@ from threading import Thread
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from tersely.checkpoint import locate, read_tokenizer
 from tersely.errors import RecipeError
-from tersely.pipeline import load
 
 
 def stream(
-    model: str, prompt: str, tokens: int, temperature: float, seed: int, device: str, dtype: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
 ) -> Iterator[str]:
     """Yield the prompt's continuation as it is decoded, on the path that transformers' `generate` takes."""
     if tokens < 1:
         raise RecipeError(f"--tokens {tokens}; wanted 1 or more")
     if temperature < 0:
         raise RecipeError(f"--temperature {temperature}; wanted 0 or more")
-    folder = locate(model)
-    opened, tokenizer = load(folder, dtype=dtype, device=device), read_tokenizer(folder)
-    if not opened.can_generate():
-        raise RecipeError(f"{type(opened).__name__} does not generate text; it is no causal language model")
-    given = tokenizer(prompt, return_tensors="pt").to(device)
+    if not model.can_generate():
+        raise RecipeError(f"{type(model).__name__} does not generate text; it is no causal language model")
+    given = tokenizer(prompt, return_tensors="pt").to(model.device)
     if given["input_ids"].shape[1] == 0:
         raise RecipeError("--prompt is empty; give it some text")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     failure: list[BaseException] = []
-    writer: Any = opened  # transformers does not say in types what `can_generate` has told
+    writer: Any = model  # transformers does not say in types what `can_generate` has told
 
     def work() -> None:
         torch.manual_seed(seed)
