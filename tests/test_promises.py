@@ -192,3 +192,13 @@ def test_a_demo_that_was_stopped_goes_on_and_removes_nothing_else(tmp_path, monk
     (out / "demo.json").write_text(json.dumps({"command": "tersely bench low-rank …", "rows": []}))
     with pytest.raises(RecipeError, match="another bench"):
         demo.check_place(out)
+
+
+def test_a_run_leaves_the_precision_of_the_process_alone(model, text, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        run(prepare(asked(model, text), tmp_path / "out"))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -5,7 +5,8 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,9 +179,24 @@ def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progres
 
     `statistics`: a folder that keeps statistics of dense models between runs.
     """
+    with _full_precision():
+        return _run(prepared, statistics, progress)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Statistics and replay are measurements: no TF32, whatever the process has chosen for itself."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+
+
+def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Result:
     begun = time.perf_counter()
     recipe, journal, out = prepared.recipe, prepared.journal, prepared.out
-    torch.set_float32_matmul_precision("highest")  # statistics and replay are measurements: no TF32
     journal.begin()
     source, anatomy = prepared.source, prepared.anatomy
     done: list[tuple[Job, Outcome]] = []
