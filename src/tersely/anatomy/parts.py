@@ -25,7 +25,7 @@ tensor, and it runs once per forward pass, in the order of the list it is stored
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
@@ -36,121 +36,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_CLASSES
 from transformers.pytorch_utils import Conv1D
 
+from tersely.anatomy.families import FAMILIES, FUSED, LINEARS, POST_NORM, READS, SAME_INPUT, Family
 from tersely.errors import AnatomyError, unknown
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family names the parts of its blocks.
-
-    A path of `linears` may be absent from a block only if it belongs to the feed-forward part and the block has experts
-    instead; any other gap means that the modelling code has moved, and is an error.
-    """
-
-    blocks: str
-    """Path of the list of blocks, relative to the base model."""
-    linears: Mapping[str, str]
-    """Role → path relative to the block, in order of execution."""
-    experts: Mapping[str, str] = field(default_factory=dict)
-    """Weights that mix experts: path relative to the block → the reason why they are kept."""
-    interleaved: bool = False
-    """Rows of a fused attention.qkv run head by head (q₀ k₀ v₀ q₁ k₁ v₁ …) instead of all q, all k, all v."""
-    needs_first_token: bool = False
-    """Trained with a BOS token in front of every text; without it the text is out of distribution."""
-
-
-_SELF_ATTENTION = {
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.o": "self_attn.o_proj",
-}
-_GATED_MLP = {"mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
-_EXPERTS = {
-    "mlp.gate.weight": "routing among experts",
-    "mlp.experts.gate_up_proj": "fused over all experts",
-    "mlp.experts.down_proj": "fused over all experts",
-}
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("layers", _SELF_ATTENTION | _GATED_MLP),
-    "mistral": Family("layers", _SELF_ATTENTION | _GATED_MLP),
-    "qwen2": Family("layers", _SELF_ATTENTION | _GATED_MLP),
-    "qwen3": Family("layers", _SELF_ATTENTION | _GATED_MLP),
-    "gemma2": Family("layers", _SELF_ATTENTION | _GATED_MLP, needs_first_token=True),
-    "gemma3_text": Family("layers", _SELF_ATTENTION | _GATED_MLP, needs_first_token=True),
-    "gemma3": Family("language_model.layers", _SELF_ATTENTION | _GATED_MLP, needs_first_token=True),
-    "mixtral": Family("layers", _SELF_ATTENTION, _EXPERTS),
-    "qwen3_moe": Family("layers", _SELF_ATTENTION | _GATED_MLP, _EXPERTS),
-    "phi3": Family(
-        "layers",
-        {
-            "attention.qkv": "self_attn.qkv_proj",
-            "attention.o": "self_attn.o_proj",
-            "mlp.gate_up": "mlp.gate_up_proj",
-            "mlp.down": "mlp.down_proj",
-        },
-    ),
-    "opt": Family(
-        "decoder.layers",
-        _SELF_ATTENTION | {"attention.o": "self_attn.out_proj", "mlp.up": "fc1", "mlp.down": "fc2"},
-    ),
-    "gpt2": Family(
-        "h",
-        {"attention.qkv": "attn.c_attn", "attention.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
-    ),
-    "gpt_neox": Family(
-        "layers",
-        {
-            "attention.qkv": "attention.query_key_value",
-            "attention.o": "attention.dense",
-            "mlp.up": "mlp.dense_h_to_4h",
-            "mlp.down": "mlp.dense_4h_to_h",
-        },
-        interleaved=True,
-    ),
-    "bert": Family(
-        "encoder.layer",
-        {
-            "attention.q": "attention.self.query",
-            "attention.k": "attention.self.key",
-            "attention.v": "attention.self.value",
-            "attention.o": "attention.output.dense",
-            "mlp.up": "intermediate.dense",
-            "mlp.down": "output.dense",
-        },
-    ),
-    "distilbert": Family(
-        "transformer.layer",
-        {
-            "attention.q": "attention.q_lin",
-            "attention.k": "attention.k_lin",
-            "attention.v": "attention.v_lin",
-            "attention.o": "attention.out_lin",
-            "mlp.up": "ffn.lin1",
-            "mlp.down": "ffn.lin2",
-        },
-    ),
-}
-
-# The door behind which a role stands.
-READS = {
-    "attention.q": "attention.in",
-    "attention.k": "attention.in",
-    "attention.v": "attention.in",
-    "attention.qkv": "attention.in",
-    "attention.o": "attention.mix",
-    "mlp.gate": "mlp.in",
-    "mlp.up": "mlp.in",
-    "mlp.gate_up": "mlp.in",
-    "mlp.down": "mlp.middle",
-}
-
-# What counts as a linear.  Conv1D is GPT-2's, stored transposed.
-LINEARS = (nn.Linear, Conv1D)
-
-# Fused role → the parts it holds, in the order of its rows.
-FUSED = {"attention.qkv": ("q", "k", "v"), "mlp.gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True)
@@ -195,6 +82,38 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm with a gain in front of linears; its output goes nowhere else.
+
+    `feeds` is the input (`Site.reads`) that comes out of it, or ``"head"`` for the last one.  What multiplies is the
+    stored ``<name>.weight`` plus `offset`; with a `bias` it subtracts the mean first (LayerNorm).
+    """
+
+    name: str
+    feeds: str
+    bias: bool
+    offset: float
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Coupled linears of a block that can only be made narrower together: its attention or its MLP.
+
+    `sites` maps the last word of the role (q, k, v, o, or gate, up, down, or a fused name) to the linear.  `module` is
+    the path of the attention module, "" for an MLP; `heads` is None for an MLP.
+    """
+
+    name: str
+    role: str
+    block: int
+    sites: Mapping[str, Site]
+    module: str
+    heads: Heads | None
+    flexible: bool
+    """Heads may be removed and the model's own attention still runs; always true of an MLP."""
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of one model; see `anatomy_of`."""
 
@@ -211,6 +130,16 @@ class Anatomy:
     """Parameters that are another one under a second name, and hence stored once: ``("lm_head.weight",)``."""
     needs_first_token: bool
     """Texts have to begin with a BOS token."""
+    units: tuple[Unit, ...]
+    """Attention and MLP of every block whose linears are all untouched sites, in order of execution."""
+    norms: tuple[Norm, ...]
+    """The norms in front of linears, in order of execution, the one before the head last."""
+    embeddings: tuple[str, ...]
+    """Paths of the tables that make the first hidden state, the token embedding first."""
+    head: str | None
+    """Path of the linear that makes logits out of the last hidden state."""
+    mixed_norms: str | None
+    """Why the residual stream cannot be turned into another basis; None where it can."""
 
     def inputs(self, block: int) -> tuple[tuple[str, tuple[Site, ...]], ...]:
         """The inputs of a block, in order of execution: pairs of the key and the sites that read this tensor."""
@@ -278,21 +207,20 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     parts = [part for index, block in enumerate(blocks) for part in _parts_of_block(model, family, block, index)]
     sites = tuple(part for part in parts if isinstance(part, Site))
     tied = _tied(model)
-    settings = model.config.get_text_config()
-    heads = settings.num_attention_heads
+    heads = _heads(model)
     return Anatomy(
         family=name,
         blocks=blocks,
         sites=sites,
         kept=(*(part for part in parts if isinstance(part, Kept)), *_other_linears(model, blocks, sites, tied)),
-        heads=Heads(
-            query=heads,
-            key_value=getattr(settings, "num_key_value_heads", heads),
-            # Qwen3 and Gemma choose the width of a head freely; elsewhere the heads divide the hidden state.
-            width=getattr(settings, "head_dim", None) or settings.hidden_size // heads,
-        ),
+        heads=heads,
         tied=tied,
         needs_first_token=family.needs_first_token,
+        units=tuple(unit for index, block in enumerate(blocks) for unit in _units(family, block, index, sites, heads)),
+        norms=tuple(_norms(model, family, blocks)),
+        embeddings=tuple(_outside(model, path) for path in family.embeddings),
+        head=_head(model),
+        mixed_norms=_mixed_norms(model, family),
     )
 
 
@@ -348,10 +276,69 @@ def fused_rows(site: Site, anatomy: Anatomy) -> dict[str, Tensor]:
     return dict(zip(FUSED[site.role], pieces, strict=True))
 
 
+def _heads(model: PreTrainedModel) -> Heads:
+    settings = model.config.get_text_config()
+    heads = settings.num_attention_heads
+    return Heads(
+        query=heads,
+        key_value=getattr(settings, "num_key_value_heads", heads),
+        # Qwen3 and Gemma choose the width of a head freely; elsewhere the heads divide the hidden state.
+        width=getattr(settings, "head_dim", None) or settings.hidden_size // heads,
+    )
+
+
+def _units(family: Family, block: str, index: int, sites: Sequence[Site], heads: Heads) -> Iterator[Unit]:
+    """The attention and the MLP of a block, as far as all their linears are still sites of their own."""
+    here = {site.role: site for site in sites if site.block == index}
+    for role in ("attention", "mlp"):
+        wanted = [name for name in family.linears if name.startswith(f"{role}.")]
+        if not wanted or not all(name in here for name in wanted):
+            continue
+        parts = {name.partition(".")[2]: here[name] for name in wanted}
+        if role == "mlp":
+            yield Unit(f"{block}:mlp", role, index, parts, "", None, True)
+            continue
+        # heads may have been removed before: what counts is the width that is there
+        fused = "qkv" in parts
+        query = heads.query if fused else parts["q"].out_features // heads.width
+        key_value = heads.key_value if fused else parts["k"].out_features // heads.width
+        of_unit = Heads(query, key_value, heads.width)
+        yield Unit(
+            f"{block}:attention", role, index, parts, f"{block}.{family.attention}", of_unit, family.flexible_heads
+        )
+
+
+def _norms(model: PreTrainedModel, family: Family, blocks: Sequence[str]) -> Iterator[Norm]:
+    if _mixed_norms(model, family) == POST_NORM:
+        return
+    paths = [(f"{block}.{path}", f"{block}:{door}") for block in blocks for door, path in family.norms.items()]
+    if family.final_norm is not None:
+        paths.append((_outside(model, family.final_norm), "head"))
+    modules = dict(model.named_modules())
+    for path, feeds in paths:
+        if getattr(modules.get(path), "weight", None) is not None:  # a norm may go without a gain
+            bias = getattr(modules[path], "bias", None) is not None
+            yield Norm(path, feeds, bias, family.gain_offset)
+
+
+def _mixed_norms(model: PreTrainedModel, family: Family) -> str | None:
+    """As the family says; of OPT, one size norms after the sublayers and not before."""
+    return family.mixed_norms if getattr(model.config, "do_layer_norm_before", True) else POST_NORM
+
+
+def _head(model: PreTrainedModel) -> str | None:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def _outside(model: PreTrainedModel, path: str) -> str:
+    """A path relative to the base model as one in the model."""
+    return path if model.base_model is model else f"{model.base_model_prefix}.{path}"
+
+
 def _blocks(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
     """Paths of the blocks in the model; the base model is the model itself when it carries no head."""
-    base = model.base_model
-    path = family.blocks if base is model else f"{model.base_model_prefix}.{family.blocks}"
+    path = _outside(model, family.blocks)
     stack = dict(model.named_modules()).get(path)
     if not isinstance(stack, nn.ModuleList):
         raise AnatomyError(
@@ -381,8 +368,8 @@ def _parts_of_block(model: PreTrainedModel, family: Family, block: str, index: i
 def _parts_below(module: nn.Module, name: str, role: str, block: int, reads: str) -> Iterator[Site | Kept]:
     """The module at a declared path, if it is a linear; else the linears of what has taken its place.
 
-    Of the children of a replacement, `down` reads what the replaced linear read.  What the others read is not known
-    here (`up` reads the output of `down`), so that each of them has an input of its own.
+    Of the children of a replacement some read what the replaced linear read (`SAME_INPUT`, and the numbered terms of a
+    sum).  What the others read is not known here (`up` reads the output of `down`), so each has an input of its own.
     """
     if isinstance(module, LINEARS):
         rows, columns = _shape(module)
@@ -393,7 +380,8 @@ def _parts_below(module: nn.Module, name: str, role: str, block: int, reads: str
     if not children:
         yield Kept(name, _shape(module), f"already {type(module).__name__}")
     for child, part in children:
-        reads_below = reads if child == "down" else f"{reads}:{role}.{child}"
+        same = child in SAME_INPUT or child.isdecimal()
+        reads_below = reads if same else f"{reads}:{role}.{child}"
         yield from _parts_below(part, f"{name}.{child}", f"{role}.{child}", block, reads_below)
 
 
