@@ -19,7 +19,7 @@ from tersely.checkpoint import locate
 from tersely.errors import AnatomyError, CheckpointError, RecipeError, TerselyError
 from tersely.pipeline import compress, run
 from tersely.prepare import prepare
-from tersely.recipe import Calibration, Recipe, Step
+from tersely.recipe import Calibration, Recipe, MethodStep
 from tersely.verify import CHECKSUMS, checksum, verify
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,7 +65,7 @@ def squeeze(text_file: Path, tmp_path: Path) -> Folder:
 
     def squeeze(model: Path, name: str = "out", keep: float = 0.6, **settings: object) -> Path:
         calibration = Calibration([str(text_file)], samples=8, length=16)
-        recipe = Recipe(str(model), [Step("svd_llm", keep=keep)], calibration, **settings)  # type: ignore[arg-type]
+        recipe = Recipe(str(model), [MethodStep("svd_llm", keep=keep)], calibration, **settings)  # type: ignore[arg-type]
         return run(prepare(recipe, tmp_path / name)).out
 
     return squeeze

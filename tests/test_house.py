@@ -27,14 +27,17 @@ LAYERS = (
     {"text", "journal"},
     {"linalg", "kernels"},
     {"kinds", "stats"},
-    {"methods"},
-    {"allocate"},
     {"anatomy"},
+    {"methods", "rewrite"},
+    {"allocate"},
     {"checkpoint"},
-    {"calibrate"},
+    {"calibrate", "deltas"},
+    {"train", "convert", "cache", "diagnose"},
+    {"targets", "tables"},
     {"sweeps"},
-    {"evaluation"},
-    {"prepare", "verify", "report"},
+    {"evaluation", "report"},
+    {"steps", "outlook"},
+    {"prepare", "verify"},
     {"pipeline"},
     {"bench", "catalogue", "estimate", "generate"},
     {"demo"},
@@ -46,7 +49,9 @@ RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 # The arrows that point the other way, each inside a function that runs when everything has long been imported.
 DEFERRED = {("hf", "kinds")}  # a folder is opened: its manifest becomes modules
 
-MAY_IMPORT_TRANSFORMERS = {"anatomy", "cache", "checkpoint", "cli", "convert", "evaluation", "generate", "hf"}
+MAY_IMPORT_TRANSFORMERS = {
+    "anatomy", "cache", "checkpoint", "cli", "convert", "diagnose", "evaluation", "generate", "hf", "train",
+}  # fmt: skip
 
 LONGEST_FILE, LONGEST_BASE, LONGEST_PACKAGE = 500, 200, 15_000
 

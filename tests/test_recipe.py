@@ -13,7 +13,7 @@ from tersely.allocate import ALLOCATORS
 from tersely.errors import RecipeError
 from tersely.pipeline import compress
 from tersely.prepare import build_allocator, build_method
-from tersely.recipe import Calibration, Evaluation, Recipe, Step, parse_size, read_recipe, recipe_from
+from tersely.recipe import Calibration, Evaluation, Recipe, MethodStep, parse_size, read_recipe, recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -40,7 +40,7 @@ budgets = st.one_of(
     st.fixed_dictionaries({"size": sizes}),
 )
 steps = st.builds(
-    lambda budget, fields, options: Step(**budget, **fields, options=options),
+    lambda budget, fields, options: MethodStep(**budget, **fields, options=options),
     budgets,
     st.fixed_dictionaries(
         {"method": words},
@@ -112,8 +112,8 @@ def test_a_file_reads_as_the_text_in_it(tmp_path):
         seed=3,
         calibration=Calibration(source=["wikitext", "stdlib"]),
         step=[
-            Step("asvd", keep=0.8, options={"alpha": 0.25}),
-            Step("svd", target=["*.down", "mlp"], size="300MB"),
+            MethodStep("asvd", keep=0.8, options={"alpha": 0.25}),
+            MethodStep("svd", target=["*.down", "mlp"], size="300MB"),
         ],
     )
 
@@ -138,7 +138,7 @@ def test_every_recipe_of_the_repository_names_what_exists(path):
 OTHER = {
     Recipe: {
         "model": "n",
-        "step": [Step("svd", keep=0.5), Step("svd", keep=0.5)],
+        "step": [MethodStep("svd", keep=0.5), MethodStep("svd", keep=0.5)],
         "calibration": Calibration(samples=7),
         "evaluation": Evaluation(["stdlib"]),
         "seed": 1,
@@ -194,11 +194,11 @@ def test_equal_recipes_have_one_identity():
         recipe(step={"scale": "max", "alpha": 1.0}, seed=0, calibration={}).fingerprint(),
     }
     assert len(fingerprints) == 1
-    assert Recipe("m", [Step("svd", keep=1)]).fingerprint() == recipe(step={"keep": 1.0}).fingerprint()
+    assert Recipe("m", [MethodStep("svd", keep=1)]).fingerprint() == recipe(step={"keep": 1.0}).fingerprint()
 
 
 def test_the_order_of_steps_and_sources_is_part_of_the_identity():
-    first, second = Step("svd", keep=0.5), Step("svd", target=["mlp"], keep=0.5)
+    first, second = MethodStep("svd", keep=0.5), MethodStep("svd", target=["mlp"], keep=0.5)
     assert Recipe("m", [first, second]).fingerprint() != Recipe("m", [second, first]).fingerprint()
     one, other = ({"source": source} for source in (["a", "b"], ["b", "a"]))
     assert recipe(calibration=one).fingerprint() != recipe(calibration=other).fingerprint()

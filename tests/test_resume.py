@@ -20,7 +20,7 @@ from tersely.errors import CheckpointError, RecipeError
 from tersely.methods import METHODS
 from tersely.pipeline import run
 from tersely.prepare import prepare
-from tersely.recipe import Calibration, Recipe, Step
+from tersely.recipe import Calibration, Recipe, MethodStep
 from tersely.verify import verify
 
 # What does not tell when and how often a run was interrupted.
@@ -30,7 +30,7 @@ SAME = ("model.safetensors", "config.json", "plan.json", "recipe.toml", "tokeniz
 @pytest.fixture
 def recipe(model_folder: Callable[..., Path], text_file: Path) -> Recipe:
     """One step: a sweep for the curves, a sweep that compresses."""
-    return Recipe(str(model_folder()), [Step("svd_llm", keep=0.6)], Calibration([str(text_file)], 4, 16))
+    return Recipe(str(model_folder()), [MethodStep("svd_llm", keep=0.6)], Calibration([str(text_file)], 4, 16))
 
 
 class Kill:
@@ -83,7 +83,7 @@ def stopped(recipe: Recipe, out: Path) -> bool:
 
 def two_steps(recipe: Recipe) -> Recipe:
     """The second step, data-free, takes the factors of the first one; the first one is not part of the result."""
-    mlp, factors = replace(recipe.step[0], target=["mlp"]), Step("svd", target=["attention.q", "*.up"], keep=0.7)
+    mlp, factors = replace(recipe.step[0], target=["mlp"]), MethodStep("svd", target=["attention.q", "*.up"], keep=0.7)
     return replace(recipe, step=[mlp, factors])
 
 
@@ -370,7 +370,7 @@ def test_statistics_serve_every_choice_of_targets_and_no_other_input(recipe, rep
         (replace(recipe, calibration=replace(recipe.calibration, samples=5)), 1),
         (replace(recipe, dtype="bfloat16"), 1),
         (replace(recipe, model=str(model_folder(tie_word_embeddings=True))), 1),
-        (replace(recipe, step=[Step("asvd", keep=0.6, propagate="none")]), 1),
+        (replace(recipe, step=[MethodStep("asvd", keep=0.6, propagate="none")]), 1),
         (recipe, 0),
     ]
     for number, (asked, wanted) in enumerate(others):

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from tersely.pipeline import run
 from tersely.prepare import prepare
-from tersely.recipe import Calibration, Recipe, Step
+from tersely.recipe import Calibration, Recipe, MethodStep
 
 METHODS = ("svd", "asvd", "svd_llm")
 
 
 def errors(model: str, texts: list[str], method: str, keep: float, work: Path) -> dict[str, float]:
-    step = Step(method, keep=keep, allocate="uniform", propagate="none")
+    step = MethodStep(method, keep=keep, allocate="uniform", propagate="none")
     recipe = Recipe(model, [step], Calibration(texts, order="first"))
     result = run(prepare(recipe, work / f"{method}-{keep}"), statistics=work / "statistics")
     return {site.name: site.measured_error for site in result.report.sites}

@@ -21,7 +21,7 @@ from tersely.errors import RecipeError
 from tersely.journal import commit_text
 from tersely.pipeline import Result, evaluate, load, run, versions
 from tersely.prepare import examine, prepare
-from tersely.recipe import Calibration, Recipe, Step
+from tersely.recipe import Calibration, MethodStep, Recipe
 from tersely.sweeps import Progress
 from tersely.text import read_text
 
@@ -37,8 +37,8 @@ class Entry:
     propagate: str = "none"
     options: dict[str, Any] = field(default_factory=dict)
 
-    def step(self, keep: float) -> Step:
-        return Step(self.method, keep=keep, allocate=self.allocate, propagate=self.propagate, options=self.options)  # type: ignore[arg-type]
+    def step(self, keep: float) -> MethodStep:
+        return MethodStep(self.method, keep=keep, allocate=self.allocate, propagate=self.propagate, options=self.options)  # type: ignore[arg-type]
 
     def folder(self, keep: float) -> str:
         return f"{self.method}-{keep}-{self.allocate}-{self.propagate}"

@@ -24,7 +24,7 @@ from tersely.anatomy import Anatomy, Site
 from tersely.checkpoint import Source, State, fill
 from tersely.errors import NumericalError, RecipeError
 from tersely.journal import commit_tensors, read_tensors
-from tersely.kinds import Spec, build
+from tersely.kinds import Made
 from tersely.recipe import Calibration
 from tersely.stats import STATISTICS, Statistic, Stats
 from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
@@ -153,17 +153,16 @@ class Blocks:
         """A block as the source has it."""
         return self.cut(index, {})
 
-    def cut(self, index: int, replaced: Mapping[str, tuple[Spec, State]]) -> nn.Module:
-        """A block with some modules replaced: full name → spec and numbers."""
+    def cut(self, index: int, replaced: Mapping[str, Made]) -> nn.Module:
+        """A block with some modules replaced, by their full names."""
         prefix = f"{self._anatomy.blocks[index]}."
         block = copy.deepcopy(self._skeleton.get_submodule(prefix[:-1]))
         state = self._source.state(prefix)
-        for name, (spec, numbers) in replaced.items():
+        for name, made in replaced.items():
             inside = name.removeprefix(prefix)
-            with torch.device("meta"):
-                block.set_submodule(inside, build(spec))
+            block.set_submodule(inside, made.build())
             state = {n: t for n, t in state.items() if not n.startswith(f"{inside}.")}
-            state |= {f"{inside}.{part}": tensor for part, tensor in numbers.items()}
+            state |= {f"{inside}.{part}": tensor for part, tensor in made.state.items()}
         fill(block, state, self._device)
         _buffers_to(block, self._device)
         return block.eval()

@@ -11,10 +11,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from tersely.anatomy import model_class
 from tersely.errors import CheckpointError, RecipeError
 from tersely.hf import METHOD, manifest_config, read_manifest
 from tersely.journal import commit, commit_tensors, commit_text
-from tersely.kinds import Spec, replace_modules
+from tersely.kinds import Made, Spec, replace_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -355,16 +355,46 @@ def write_shards(folder: Path, like: Mapping[str, Tensor], tensor: Callable[[str
         commit_text(folder / INDEX, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def write_model(
-    folder: Path, source: Source, replaced: Mapping[str, tuple[Spec, State]], shard_bytes: int
-) -> dict[str, Spec]:
-    """Write the source with some modules replaced (name → spec and numbers); returns the manifest of the result.
+@dataclass(frozen=True)
+class Edit:
+    """What a step changed in a model; everything else is as it was."""
+
+    replaced: Mapping[str, Made] = field(default_factory=dict)
+    """Path → the module that stands there now."""
+    plain: Mapping[str, State] = field(default_factory=dict)
+    """Path → the numbers of the stock module that stands there now, whatever stood there before."""
+    changed: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a tensor → its new numbers; one that the configuration only now asks for is new."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of the configuration."""
+
+    @cached_property
+    def parts(self) -> dict[str, Tensor]:
+        """Every tensor that is not the source's, by its name in the model."""
+        states = {name: made.state for name, made in self.replaced.items()} | dict(self.plain)
+        inside = {f"{name}.{part}": tensor for name, state in states.items() for part, tensor in state.items()}
+        return inside | dict(self.changed)
+
+    def manifest(self, before: Mapping[str, Spec]) -> dict[str, Spec]:
+        ours = {
+            f"{name}.{path}" if path else name: spec
+            for name, made in self.replaced.items()
+            for path, spec in made.specs.items()
+        }
+        return _outside(before, [*self.replaced, *self.plain]) | ours
+
+
+def write_model(folder: Path, source: Source, edit: Edit, shard_bytes: int) -> dict[str, Spec]:
+    """Write the source as edited; returns the manifest of the result.
 
     The config comes last: a folder with a config is a complete one.
     """
-    manifest = {**_outside(source.manifest, replaced), **{name: spec for name, (spec, _) in replaced.items()}}
-    skeleton = _skeleton(source.config, manifest)
-    parts = {f"{name}.{part}": tensor for name, (_, state) in replaced.items() for part, tensor in state.items()}
+    manifest = edit.manifest(source.manifest)
+    config = copy.deepcopy(source.config)
+    for name, value in edit.settings.items():
+        setattr(config, name, value)
+    skeleton = _skeleton(config, manifest)
+    parts = edit.parts
     like = {name: parts[name] if name in parts else _like(source, name) for name in _untied(skeleton)}
     write_shards(folder, like, lambda name: parts[name] if name in parts else source.tensor(name), shard_bytes)
     carry(source.carried_from, folder)
@@ -428,7 +458,7 @@ def _cast(stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
     return wanted if stored.is_floating_point else stored
 
 
-def _outside(manifest: dict[str, Spec], replaced: Mapping[str, Any]) -> dict[str, Spec]:
+def _outside(manifest: Mapping[str, Spec], replaced: Collection[str]) -> dict[str, Spec]:
     """The entries of a manifest that do not lie inside a replaced module."""
     return {n: s for n, s in manifest.items() if not any(n == r or n.startswith(f"{r}.") for r in replaced)}
 

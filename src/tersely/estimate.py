@@ -15,10 +15,10 @@ from rich.table import Table
 
 from tersely.anatomy import Site
 from tersely.calibrate import TOKENS_AT_ONCE
-from tersely.prepare import Examined, build_allocator, examine
-from tersely.recipe import Recipe
+from tersely.prepare import Examined, examine
+from tersely.recipe import CacheStep, MethodStep, Recipe, TrainStep
 from tersely.report.rows import format_value
-from tersely.sweeps import dense_bytes
+from tersely.tables import build_allocator
 from tersely.text import window_length
 
 PROCESS = 400 * 10**6  # the interpreter with torch and transformers loaded
@@ -45,22 +45,38 @@ def estimate(recipe: Recipe) -> Estimate:
     """Check a recipe as far as headers tell, write nothing, run nothing, and say what it would take."""
     found = examine(recipe, None)
     roles: dict[str, tuple[int, int]] = {}
-    for site in found.sites:
+    itemsize = found.source.dtype.itemsize
+    for site in _sites(found):
         count, nbytes = roles.get(site.role, (0, 0))
-        roles[site.role] = count + 1, nbytes + dense_bytes(site, found.source)
+        roles[site.role] = count + 1, nbytes + site.out_features * site.in_features * itemsize
+    touched = sum(nbytes for _, nbytes in roles.values())
     whole = found.source.nbytes()
     renamed = whole if found.source.is_outline else 0
     return Estimate(
-        coverage=found.anatomy.coverage(found.sites),
+        coverage=found.anatomy.coverage(_sites(found)),
         roles=roles,
         model_bytes=whole,
-        touched_bytes=sum(nbytes for _, nbytes in roles.values()),
-        budget=found.budget,
+        touched_bytes=touched,
+        budget=_afterwards(recipe, found, touched),
         disk_bytes=found.disk_bytes + renamed,
         memory_bytes=max(_memory(recipe, found), PROCESS + renamed),
         seconds=_seconds(recipe, found),
         from_configuration=found.source.is_outline,
     )
+
+
+def _sites(found: Examined) -> tuple[Site, ...]:
+    """The linears that the first step looks at; all of them where it has no budget."""
+    sites = [site for target in found.targets for site in target.sites]
+    return tuple(dict.fromkeys(sites)) or found.anatomy.sites
+
+
+def _afterwards(recipe: Recipe, found: Examined, touched: int) -> int:
+    """Bytes of the touched weights after the first step, at most."""
+    if isinstance(recipe.step[0], MethodStep):
+        smallest = sum(t.sizes(found.source.dtype.itemsize)[-1].nbytes for t in found.targets)
+        return smallest if found.budget is None else found.budget
+    return touched
 
 
 def estimate_table(figures: Estimate) -> Table:
@@ -90,7 +106,8 @@ def estimate_table(figures: Estimate) -> Table:
 
 def _tokens(recipe: Recipe, found: Examined) -> int:
     length = window_length(found.source.config, recipe.calibration.length)
-    return recipe.calibration.samples * length if any(method.needs for method in found.methods) else 0
+    trains = max((step.tokens for step in recipe.step if isinstance(step, TrainStep)), default=0)
+    return max(recipe.calibration.samples * length if found.calibrated else 0, trains)
 
 
 def _memory(recipe: Recipe, found: Examined) -> int:
@@ -114,11 +131,15 @@ def _memory(recipe: Recipe, found: Examined) -> int:
 
 def _seconds(recipe: Recipe, found: Examined) -> float:
     """Sweeps over the blocks, statistics, and factorisations, at the speed of this machine."""
-    tokens, sites = _tokens(recipe, found), found.sites
+    tokens, sites = _tokens(recipe, found), _sites(found)
     step = recipe.step[0]
     weights = sum(found.source.elements(n) for n in found.source.stored if n.startswith(found.anatomy.blocks))
-    needs_curves = build_allocator(step.allocate).needs_errors
-    streams = needs_curves + {"none": 0 if needs_curves else 1, "block": 2, "input": 5}[step.propagate]
+    needs_curves, streams = False, 1
+    if isinstance(step, MethodStep | CacheStep):
+        needs_curves = build_allocator(step.allocate).needs_errors
+        streams = needs_curves + {"none": 0 if needs_curves else 1, "block": 2, "input": 5}[step.propagate]
+    if any(isinstance(step, TrainStep) for step in recipe.step):
+        streams += 3  # forward, and twice as much backward
     forward = 2.0 * tokens * weights * streams
     inputs = {site.reads: site.in_features for site in sites}
     grams = sum(2.0 * tokens * width**2 for width in inputs.values()) * (1 + needs_curves)

@@ -90,10 +90,17 @@ def _register(tables: ModuleType) -> None:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class TerselyConfig(QuantizationConfigMixin):
-        def __init__(self, version: int, modules: dict[str, Any], quant_method: str = METHOD) -> None:
+        def __init__(
+            self,
+            version: int,
+            modules: dict[str, Any],
+            quant_method: str = METHOD,
+            base: dict[str, str] | None = None,
+        ) -> None:
             self.quant_method = quant_method  # type: ignore[assignment]
             self.version = version
             self.modules = modules
+            self.base = base  # of a delta folder: where the tensors are that it does not hold
 
     class TerselyQuantizer(HfQuantizer):
         """Replaces modules before the weights are loaded, and steps back once they are."""
@@ -103,9 +110,17 @@ def _register(tables: ModuleType) -> None:
         def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
             from tersely.kinds import replace_modules
 
-            replace_modules(model, _renamed(read_manifest(self.quantization_config.to_dict()), model))
+            manifest = self.quantization_config.to_dict()
+            replace_modules(model, _renamed(read_manifest(manifest), model))
+            self._borrowed = None
+            if manifest["base"] is not None:
+                from tersely.deltas import Borrowed
+
+                self._borrowed = Borrowed(model, kwargs["checkpoint_files"], manifest)
 
         def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+            if self._borrowed is not None:
+                self._borrowed.fill(model)
             # an ordinary model of ordinary modules: without this .float(), .half() and trainers would refuse it
             self.remove_quantization_config(model)
             from tersely.kinds import manifest_of

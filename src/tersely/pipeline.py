@@ -13,28 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tersely.anatomy import Anatomy, anatomy_of, model_class, needs_first_token
-from tersely.calibrate import StatisticsStore
+from tersely.anatomy import anatomy_of, model_class, needs_first_token
 from tersely.checkpoint import Source, locate, open_source, read_config, read_headers, read_tokenizer, write_model
+from tersely.deltas.folder import open_delta, write_delta
 from tersely.errors import RecipeError, TerselyError
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation.memory import peak_memory
 from tersely.journal import Journal, commit_text
-from tersely.prepare import (
-    Prepared,
-    budget_bytes,
-    build_allocator,
-    build_method,
-    check_device,
-    prepare,
-    spills,
-)
-from tersely.recipe import Calibration, Step, parse_size, read_recipe, recipe_from
+from tersely.prepare import Prepared, check_device, prepare
+from tersely.recipe import Calibration, parse_size, read_recipe, recipe_from, verb_of
 from tersely.report.card import model_card
 from tersely.report.page import page
-from tersely.report.rows import Report, Row, SiteRow, size_rows
-from tersely.sweeps import Job, Outcome, Progress
-from tersely.sweeps import compress as run_sweeps
+from tersely.report.rows import Report, Row, size_rows
+from tersely.steps import run_step
+from tersely.steps.scene import Done, Scene
+from tersely.sweeps import Progress
+from tersely.tables import verb_for
 from tersely.verify import CHECKSUMS, checksums
 
 if TYPE_CHECKING:
@@ -63,9 +57,10 @@ def compress(
     keep: float | None = None,
     bits: float | None = None,
     size: int | str | None = None,
-    target: Sequence[str] = ("all",),
-    allocate: str = Step.allocate,
-    propagate: str = Step.propagate,
+    base: str | None = None,
+    target: Sequence[str] | None = None,
+    allocate: str | None = None,
+    propagate: str | None = None,
     options: Mapping[str, Any] | None = None,
     calibrate: Sequence[str] = ("stdlib",),
     samples: int = Calibration.samples,
@@ -75,25 +70,35 @@ def compress(
     device: str = "cpu",
     progress: Progress = quiet,
 ) -> Result:
-    """Compress a model folder (or hub name) with one method into a new folder.
+    """Compress a model folder (or hub name) with one method, cache or rewrite into a new folder.
 
-    Exactly one of `keep` (fraction of the targets' bytes), `bits` (per target weight) and `size` (of the whole folder)
-    is given.  `options` are the method's own fields.  Raises TerselyError with nothing written for a bad request.
+    At most one of `keep` (fraction of the targets' bytes), `bits` (per target weight) and `size` (of the whole folder)
+    is given, none where the method's own fields say how small.  With `base` the difference to that checkpoint is
+    compressed.  `options` are the method's own fields.  Raises TerselyError with nothing written for a bad request.
     """
-    step = {
-        "method": method,
-        "keep": keep,
-        "bits": bits,
-        "size": size,
-        "target": list(target),
-        "allocate": allocate,
-        "propagate": propagate,
-        "options": dict(options or {}),
-    }
+    step = one_step(
+        method,
+        {
+            "keep": keep,
+            "bits": bits,
+            "size": size,
+            "base": base,
+            "target": list(target) if target is not None else None,
+            "allocate": allocate,
+            "propagate": propagate,
+        },
+        options or {},
+    )
     calibration = {"source": list(calibrate), "samples": samples, "length": length}
     plain = {"model": str(model), "step": [step], "calibration": calibration}
     recipe = recipe_from(plain | {"seed": seed, "dtype": dtype, "device": device})
     return run(prepare(recipe, Path(out)), progress=progress)
+
+
+def one_step(name: str, asked: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a step under whatever verb has that name; of what was asked, None stands for the default."""
+    given = {key: value for key, value in asked.items() if value is not None}
+    return {verb_for(name): name, **given, "options": dict(options)}
 
 
 def load(
@@ -198,21 +203,50 @@ def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Res
     begun = time.perf_counter()
     recipe, journal, out = prepared.recipe, prepared.journal, prepared.out
     journal.begin()
-    source, anatomy = prepared.source, prepared.anatomy
-    done: list[tuple[Job, Outcome]] = []
-    for number in range(len(recipe.step)):
+    source = prepared.source
+    results: list[Done] = []
+    effects: list[dict[str, Any]] = []
+    for number, step in enumerate(recipe.step):
         target = out if number + 1 == len(recipe.step) else journal.folder / f"step-{number}"
-        job = _job(prepared, number, source, anatomy, statistics, progress)
-        outcome = run_sweeps(job)
-        done.append((job, outcome))
+        done = run_step(step, _scene(prepared, number, source, statistics, progress))
+        results.append(done)
         if not (target / "config.json").exists():  # written last: with it the step is done
-            write_model(target, source, outcome.replaced, parse_size(recipe.shard_size))
-        source = open_source(target, trust_remote_code=recipe.trust_remote_code)
-        anatomy = anatomy_of(source.skeleton())
-    report = _report(prepared, done, source)
-    if recipe.evaluation.text:
-        report.evaluation = evaluate(
-            out,
+            _write(target, source, done, parse_size(recipe.shard_size))
+        if done.base is None:
+            source = open_source(target, trust_remote_code=recipe.trust_remote_code)
+        else:
+            source = open_delta(target)
+        effects.append(_effect(prepared, number, done, source, progress))
+    report = _report(prepared, results, effects, source)
+    report.evaluation = effects[-1].get("evaluation")
+    report.seconds["everything"] = time.perf_counter() - begun
+    report.peak_bytes = peak_memory(torch.device(recipe.device))
+    _write_artefacts(prepared, report, results)
+    journal.finish()
+    return Result(out, report)
+
+
+def _write(folder: Path, source: Source, done: Done, shard_bytes: int) -> None:
+    if done.base is None:
+        write_model(folder, source, done.edit, shard_bytes)
+    else:
+        updates = {name: made.below("terms.1") for name, made in done.edit.replaced.items()}
+        write_delta(folder, source, done.base, updates, shard_bytes=shard_bytes)
+
+
+def _effect(prepared: Prepared, number: int, done: Done, source: Source, progress: Progress) -> dict[str, Any]:
+    """What one step did to the bytes and, if texts are named, to the quality."""
+    recipe = prepared.recipe
+    step = recipe.step[number]
+    effect: dict[str, Any] = {"step": number, "verb": verb_of(step), "name": step.name}
+    effect |= {"bytes": weight_file_bytes(source.folder), "seconds": done.seconds, **done.figures}
+    if not recipe.evaluation.text:
+        return effect
+    journal = Journal(prepared.journal.folder / f"work-{number}", recipe.fingerprint())
+    asked = f"evaluation-{hashlib.sha256(repr(recipe.evaluation).encode()).hexdigest()[:16]}.json"
+    if not journal.has(asked):
+        figures = evaluate(
+            source.folder,
             recipe.evaluation.text,
             against=prepared.source.folder,
             length=recipe.evaluation.length,
@@ -221,11 +255,8 @@ def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Res
             trust_remote_code=recipe.trust_remote_code,
             progress=progress,
         )
-    report.seconds["everything"] = time.perf_counter() - begun
-    report.peak_bytes = peak_memory(torch.device(recipe.device))
-    _write_artefacts(prepared, report, done)
-    journal.finish()
-    return Result(out, report)
+        journal.write_json(asked, figures)
+    return effect | {"evaluation": journal.read_json(asked)}
 
 
 def versions() -> dict[str, str]:
@@ -233,44 +264,40 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
-def _job(
-    prepared: Prepared, number: int, source: Source, anatomy: Anatomy, statistics: Path | None, progress: Progress
-) -> Job:
-    step = prepared.recipe.step[number]
-    method = build_method(step.method, step.options)
+def _scene(prepared: Prepared, number: int, source: Source, statistics: Path | None, progress: Progress) -> Scene:
     journal = Journal(prepared.journal.folder / f"work-{number}", prepared.recipe.fingerprint())
     journal.begin()
-    sites = anatomy.select(step.target)
-    tokens = None if prepared.windows is None else prepared.windows.tokens
-    store = None
-    if tokens is not None and (statistics is not None or spills(step, method)):
-        measured_on = {
+    windows = None if prepared.windows is None else prepared.windows.tokens
+
+    def measured_on() -> dict[str, Any]:
+        assert windows is not None  # nobody asks for statistics of nothing
+        return {
             "model": prepared.digest if number == 0 else source.check_weights(),
             "versions": versions(),
-            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "shape": tuple(tokens.shape),
+            "tokens": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            "shape": tuple(windows.shape),
             "dtype": str(source.dtype),
         }
-        store = StatisticsStore(statistics or journal.folder, measured_on, shared=statistics is not None)
-    return Job(
+
+    return Scene(
+        number=number,
         source=source,
-        anatomy=anatomy,
-        sites=sites,
-        step=step,
-        method=method,
-        allocator=build_allocator(step.allocate),
-        budget=budget_bytes(step, sites, source),
-        windows=tokens,
+        anatomy=anatomy_of(source.skeleton()),
+        dense=prepared.source,
+        windows=windows,
+        text=prepared.texts[number].tokens if number in prepared.texts else None,
+        seed=prepared.recipe.seed,
         device=prepared.recipe.device,
         journal=journal,
-        store=store,
+        statistics=statistics,
+        measured_on=measured_on,
         progress=progress,
     )
 
 
-def _report(prepared: Prepared, done: Sequence[tuple[Job, Outcome]], result: Source) -> Report:
+def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str, Any]], result: Source) -> Report:
     recipe, anatomy = prepared.recipe, prepared.anatomy
-    selected = {site.name for job, _ in done for site in job.sites}
+    selected = {name for done in results for name in done.touched}
     # a later step may address the parts of what an earlier one left behind: what counts is the linear they came from
     targets = [s for s in anatomy.sites if any(n == s.name or n.startswith(f"{s.name}.") for n in selected)]
     dense = [
@@ -278,13 +305,13 @@ def _report(prepared: Prepared, done: Sequence[tuple[Job, Outcome]], result: Sou
         for s in targets
         if f"{s.name}.weight" in result.stored and result.stored[f"{s.name}.weight"].shape != (0,)
     ]
-    degraded = {site: reason for _, outcome in done for site, reason in outcome.degraded.items()}
+    degraded = {site: reason for done in results for site, reason in done.degraded.items()}
     coverage = anatomy.coverage(
         targets, {name: "degraded, left dense" if name in degraded else "left dense by the plan" for name in dense}
     )
     seconds: dict[str, float] = {}
-    for _, outcome in done:
-        for stage, spent in outcome.seconds.items():
+    for done in results:
+        for stage, spent in done.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     return Report(
         model=recipe.model,
@@ -292,9 +319,10 @@ def _report(prepared: Prepared, done: Sequence[tuple[Job, Outcome]], result: Sou
         recipe=asdict(recipe),
         versions=versions(),
         coverage=coverage,
-        rows=_sizes(prepared, [s.name for s in targets], result),
-        sites=[row for number, (job, outcome) in enumerate(done) for row in _site_rows(job, outcome, number)],
+        rows=[*_sizes(prepared, [s.name for s in targets], result), *(row for done in results for row in done.sizes)],
+        sites=[row for done in results for row in done.rows],
         kept=[asdict(kept) for kept in anatomy.kept],
+        steps=effects,
         degraded=degraded,
         warnings=list(prepared.warnings),
         calibration=None if prepared.windows is None else prepared.windows.describe(),
@@ -327,34 +355,11 @@ def weight_file_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in {stored.file for stored in read_headers(folder).values()})
 
 
-def _site_rows(job: Job, outcome: Outcome, number: int) -> list[SiteRow]:
-    rows = []
-    for site in job.sites:
-        choice = outcome.plan.choices[site.name]
-        done = site.name in outcome.replaced
-        rows.append(
-            SiteRow(
-                name=site.name,
-                role=site.role,
-                out_features=site.out_features,
-                in_features=site.in_features,
-                step=number,
-                method=job.step.method,
-                amount=choice.amount if done else None,
-                nbytes=choice.nbytes if done else choice.dense_bytes,
-                dense_bytes=choice.dense_bytes,
-                predicted_error=choice.relative_error if done else 0.0,
-                measured_error=outcome.errors[site.name],
-            )
-        )
-    return rows
-
-
-def _write_artefacts(prepared: Prepared, report: Report, done: Sequence[tuple[Job, Outcome]]) -> None:
+def _write_artefacts(prepared: Prepared, report: Report, results: Sequence[Done]) -> None:
     """Everything in the folder that is no model; the checksums come last."""
     out = prepared.out
     commit_text(out / "recipe.toml", prepared.recipe.to_toml())
-    plans = [json.loads(outcome.plan.to_json()) for _, outcome in done]
+    plans = [done.plan for done in results]
     commit_text(out / "plan.json", json.dumps({"steps": plans}, indent=1) + "\n")
     commit_text(out / "report.json", report.to_json())
     commit_text(out / "report.html", page(report))

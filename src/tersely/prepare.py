@@ -6,24 +6,19 @@ tokens, its output is free and the disk is large enough.
 
 import hashlib
 import importlib.metadata
-import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
-from tersely.allocate import ALLOCATORS, Allocator
-from tersely.anatomy import Anatomy, Site, anatomy_of
+from tersely.anatomy import Anatomy, anatomy_of
 from tersely.calibrate import Windows, read_windows
 from tersely.checkpoint import (
     ForeignNamesError,
     Source,
-    carried_files,
     locate,
     open_source,
     outline,
@@ -31,19 +26,21 @@ from tersely.checkpoint import (
     read_tokenizer,
     rewrite_names,
 )
-from tersely.errors import CheckpointError, RecipeError, TerselyError, unknown
+from tersely.errors import CheckpointError, RecipeError, TerselyError
 from tersely.evaluation.perplexity import cut, require_causal
 from tersely.journal import Journal
-from tersely.methods import METHODS, Method
-from tersely.recipe import Recipe, Step
-from tersely.sweeps import dense_bytes, size_curves
+from tersely.outlook import Outlook
+from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe, TrainStep
+from tersely.steps.compressing import OVERHEAD, OVERHEAD_PER_SITE, base_of, budget_bytes, spills, targets_of
+from tersely.tables import build
+from tersely.targets import Target
 from tersely.text import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What a folder holds beside the weights, for budgets of the whole folder: headers, manifest and reports, from above.
-OVERHEAD, OVERHEAD_PER_SITE = 60_000, 2_000
+ALL_WINDOWS = 2**31
+"""As many windows as a text has."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,9 @@ class Prepared:
     anatomy: Anatomy
     tokenizer: "PreTrainedTokenizerBase"
     windows: Windows | None
-    """None for data-free methods, unless a text was named to measure their errors on."""
+    """None for data-free steps, unless a text was named to measure their errors on."""
+    texts: Mapping[int, Windows]
+    """Number of a step that trains → what it trains on."""
     journal: Journal
     warnings: tuple[str, ...]
 
@@ -69,11 +68,17 @@ class Examined:
 
     source: Source
     anatomy: Anatomy
-    methods: tuple[Method, ...]
-    sites: tuple[Site, ...]
-    """Targets of the first step; those of later ones are known when the steps before them are done."""
-    budget: int
+    objects: tuple[Any, ...]
+    """What each step names, with its fields."""
+    targets: tuple[Target, ...]
+    """Of the first step, if that one has a budget; those of later ones are known when the steps before are done."""
+    budget: int | None
     disk_bytes: int
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether some step reads statistics of inputs."""
+        return any(getattr(entry, "needs", ()) for entry in self.objects)
 
 
 def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
@@ -83,21 +88,23 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     `checkpoint.rewrite_names`); nothing else is written.  With None it is not: the configuration then says what the
     headers cannot, and of a hub model no weight is downloaded.
     """
-    methods = tuple(build_method(step.method, step.options) for step in recipe.step)
-    for step in recipe.step:
-        build_allocator(step.allocate)
+    objects = tuple(build(step) for step in recipe.step)
     check_device(recipe.device)
     folder = locate(recipe.model, recipe.revision, weights=rewritten is not None)
     source = _open(folder, recipe, rewritten)
     anatomy = anatomy_of(source.skeleton())
-    sites = anatomy.select(recipe.step[0].target)
-    for step, method in zip(recipe.step[1:], methods[1:], strict=True):
-        # patterns and factors are for what former steps will have made; what stands in the model now is checked now
-        roles = [word for word in step.target if "*" not in word and word.count(".") < 2]
-        if roles:
-            check_budget(step, method, anatomy.select(roles), source)
-    budget = check_budget(recipe.step[0], methods[0], sites, source)
-    return Examined(source, anatomy, methods, sites, budget, disk_needed(recipe, source, sites))
+    outlook = Outlook(anatomy, source)
+    for number, (step, built) in enumerate(zip(recipe.step, objects, strict=True), start=1):
+        outlook.check(number, step, built)
+    targets: tuple[Target, ...] = ()
+    budget = None
+    first = recipe.step[0]
+    if isinstance(first, MethodStep | CacheStep):
+        # the other checkpoint is not looked at where even the model is known by headers alone
+        base = None if rewritten is None else base_of(first, source)
+        targets = targets_of(first, anatomy, source, base)
+        budget = budget_bytes(first, targets, source)
+    return Examined(source, anatomy, objects, targets, budget, disk_needed(recipe, source, targets))
 
 
 def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
@@ -123,101 +130,59 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     above = next(place for place in out.absolute().parents if place.exists())
     if not above.is_dir():
         raise CheckpointError(f"{out}: {above} is a file; choose another place")
-    methods = [build_method(step.method, step.options) for step in recipe.step]
-    calibrated = any(method.needs for method in methods) or recipe.calibration.source != ["stdlib"]
-    texts = [read_text(source, "calibration").sha256 for source in recipe.calibration.source] if calibrated else []
+    objects = [build(step) for step in recipe.step]
+    calibrated = any(getattr(o, "needs", ()) for o in objects) or recipe.calibration.source != ["stdlib"]
+    asked = [*(recipe.calibration.source if calibrated else ()), *(t for s in trained(recipe) for t in s)]
+    texts = [read_text(source, "calibration").sha256 for source in asked]
     journal = Journal(out, identity(recipe, folder, texts))
     journal.check(fresh=fresh)
     found = examine(recipe, journal.renamed)
     _check_evaluation(recipe, tokenizer, found)
     windows, warnings = None, list(found.source.warnings())
+    first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
+    if found.anatomy.needs_first_token and first_token is None:
+        raise RecipeError(f"{folder}: {found.anatomy.family} needs a first token and the tokenizer has no bos_token")
     if calibrated:
-        first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
-        if found.anatomy.needs_first_token and first_token is None:
-            raise RecipeError(
-                f"{folder}: {found.anatomy.family} needs a first token and the tokenizer has no bos_token"
-            )
         windows = read_windows(recipe.calibration, tokenizer, config, recipe.seed, first_token)
-        warnings += [w for w in (windows.shortage(max(site.in_features for site in found.sites)),) if w]
+        widest = max(site.in_features for site in found.anatomy.sites)
+        warnings += [w for w in (windows.shortage(widest),) if w]
+    texts_of = {
+        number: read_windows(
+            replace(recipe.calibration, source=sources, samples=ALL_WINDOWS, order="first"),
+            tokenizer,
+            config,
+            recipe.seed,
+            first_token,
+        )
+        for number, sources in enumerate(trained(recipe))
+        if sources
+    }
     _check_disk(out, found.disk_bytes)
     digest = found.source.check_weights()
-    resolved = _resolved(recipe, found.methods, found.source, windows)
-    return Prepared(resolved, out, found.source, digest, found.anatomy, tokenizer, windows, journal, tuple(warnings))
+    resolved = _resolved(recipe, found.objects, found.source, windows)
+    return Prepared(
+        resolved, out, found.source, digest, found.anatomy, tokenizer, windows, texts_of, journal, tuple(warnings)
+    )
 
 
-def build_method(name: str, options: Mapping[str, Any]) -> Method:
-    """A method from its name and fields.
-
-    Raises RecipeError for an unknown one of either, or a value of a wrong kind.
-    """
-    if name not in METHODS:
-        raise RecipeError(unknown("method", name, METHODS))
-    known = [f.name for f in fields(METHODS[name])]  # type: ignore[arg-type]
-    for option in options:
-        if option not in known:
-            raise RecipeError(f"method {name}: " + unknown("option", option, [*known, *(f.name for f in fields(Step))]))
-    try:
-        return TypeAdapter(METHODS[name]).validate_json(json.dumps(dict(options)), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"method {name}: {place}: {first['msg']} (came: {first.get('input')!r})") from error
+def trained(recipe: Recipe) -> Iterator[list[str]]:
+    """The texts that each step trains on; none for steps that do not train."""
+    for step in recipe.step:
+        yield (step.text or recipe.calibration.source) if isinstance(step, TrainStep) else []
 
 
-def build_allocator(name: str) -> Allocator:
-    if name not in ALLOCATORS:
-        raise RecipeError(unknown("allocator", name, ALLOCATORS))
-    return ALLOCATORS[name]
-
-
-def budget_bytes(step: Step, sites: Sequence[Site], source: Source) -> int:
-    """Bytes that the targets may take.  Raises RecipeError where the asked size leaves them nothing."""
-    dense = sum(dense_bytes(site, source) for site in sites)
-    if step.keep is not None:
-        return int(Fraction(str(step.keep)) * dense)  # 0.8 of 10 bytes is 8, though 0.8 in binary is not
-    if step.bits is not None:
-        weights = sum(site.out_features * site.in_features for site in sites)
-        budget = int(Fraction(str(step.bits)) * weights / 8)
-        if budget >= dense:
-            now = f"the targets take {8 * dense / weights:g} bits per weight now"
-            raise RecipeError(f"bits {step.bits}: {now}; ask for less")
-        return budget
-    beside = source.nbytes() - dense + sum(path.stat().st_size for path in carried_files(source.carried_from))
-    beside += OVERHEAD + OVERHEAD_PER_SITE * len(sites)
-    left = (step.size_bytes or 0) - beside
-    if left <= 0:
-        raise RecipeError(f"size {step.size}: everything but the targets takes {beside} bytes already; ask for more")
-    return min(left, dense)
-
-
-def check_budget(step: Step, method: Method, sites: Sequence[Site], source: Source) -> int:
-    """The budget in bytes.  Raises RecipeError for one below the smallest that the method can do."""
-    curves, budget = size_curves(sites, method, source), budget_bytes(step, sites, source)
-    if not build_allocator(step.allocate).needs_errors:
-        build_allocator(step.allocate).divide(curves, budget)
-    smallest = sum(curve.options[0].nbytes for curve in curves)
-    if smallest > budget:
-        dense = sum(curve.dense_bytes for curve in curves)
-        raise RecipeError(
-            f"step {step.method!r}: a budget of {budget} bytes for the targets, whose smallest form takes {smallest}; "
-            f"keep at least {smallest / dense:.4f}"
-        )
-    return budget
-
-
-def spills(step: Step, method: Method) -> bool:
-    """Whether statistics of the dense model go to disk: observed in sweep 1, they are read again in sweep 2."""
-    return step.propagate == "none" and bool(method.needs) and build_allocator(step.allocate).needs_errors
-
-
-def disk_needed(recipe: Recipe, source: Source, sites: Sequence[Site]) -> int:
-    """Bytes on disk at the peak of a run: the result, its blocks in the journal, and what is spilled (from above)."""
-    targets = sum(dense_bytes(site, source) for site in sites)
-    spilled = any(spills(step, build_method(step.method, step.options)) for step in recipe.step)
+def disk_needed(recipe: Recipe, source: Source, targets: Sequence[Target]) -> int:
+    """Bytes on disk at the peak of a run: the result, what lies in the journal, and what is spilled (from above)."""
+    touched = sum(target.elements for target in targets) * source.dtype.itemsize or source.nbytes()
+    sites = [site for target in targets for site in target.sites]
+    first = recipe.step[0]
+    spilled = isinstance(first, MethodStep | CacheStep) and spills(first, targets)
     grams = sum({site.reads: 8 * site.in_features**2 for site in sites}.values()) if spilled else 0
-    steps = len(recipe.step)
+    # the state of the optimiser: the weights it trains, and two moments in float32
+    training = 3 * 4 * sum(source.elements(n) for n in source.stored) if any(trained(recipe)) else 0
     renamed = source.nbytes() if source.carried_from != source.folder else 0
-    return renamed + steps * (source.nbytes() + targets) + grams + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
+    steps = len(recipe.step)
+    return renamed + steps * (source.nbytes() + touched) + grams + training + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
 
 
 def identity(recipe: Recipe, folder: Path, texts: Sequence[str]) -> str:
@@ -263,10 +228,10 @@ def _check_evaluation(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", foun
         )
 
 
-def _resolved(recipe: Recipe, methods: Sequence[Method], source: Source, windows: Windows | None) -> Recipe:
+def _resolved(recipe: Recipe, objects: Sequence[Any], source: Source, windows: Windows | None) -> Recipe:
     """The recipe with every default that took effect written out."""
-    steps = [replace(step, options=asdict(method)) for step, method in zip(recipe.step, methods, strict=True)]  # type: ignore[call-overload]
-    calibration = recipe.calibration
+    steps = [replace(step, options=asdict(built)) for step, built in zip(recipe.step, objects, strict=True)]
+    calibration: Calibration = recipe.calibration
     if windows is not None:
         calibration = replace(calibration, length=windows.tokens.shape[1])
     return replace(recipe, step=steps, calibration=calibration, dtype=str(source.dtype).removeprefix("torch."))  # type: ignore[arg-type]

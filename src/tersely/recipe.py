@@ -23,15 +23,12 @@ import tomllib
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from tersely.errors import RecipeError, unknown
-
-VERBS = ("method",)
-"""What a step can do.  A step has exactly one of these keys."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +81,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One method applied to the targets within a budget; exactly one of keep, bits and size is given."""
+class MethodStep:
+    """A method applied to the targets within a budget: one of keep, bits and size, or none where the method's own
+    fields say how small."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     method: str
-    """Name in the table of methods."""
+    """Name in the tables of methods and of unit methods."""
 
     target: list[str] = field(default_factory=lambda: ["all"])
     """Roles ("mlp", "attention.v"), module-name patterns ("*.down"), or "all" linears of the blocks."""
@@ -103,6 +101,10 @@ class Step:
 
     size: int | str | None = None
     """Bytes of the whole output folder: a number, or "300MB" (MB = 10⁶ bytes)."""
+
+    base: str | None = None
+    """A checkpoint of the same architecture: what is compressed is the difference to it, and the output holds no more
+    than that."""
 
     allocate: str = "greedy"
     """How the budget is divided among the sites: name in the table of allocators."""
@@ -118,22 +120,187 @@ class Step:
     """The method's own fields; in TOML they stand in the step itself."""
 
     def __post_init__(self) -> None:
-        budgets = {name: getattr(self, name) for name in ("keep", "bits", "size") if getattr(self, name) is not None}
-        if len(budgets) != 1:
-            came = " and ".join(f"{k} = {v}" for k, v in budgets.items()) or "none of them"
-            raise RecipeError(f"step {self.method!r}: give exactly one of keep, bits and size (came: {came})")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise RecipeError(f"step {self.method!r}: keep = {self.keep}; wanted above 0 and at most 1")
-        if self.bits is not None and not 0 < self.bits < math.inf:
-            raise RecipeError(f"step {self.method!r}: bits = {self.bits}; wanted above 0")
-        if not self.target:
-            raise RecipeError(f"step {self.method!r}: target is an empty list; name roles or patterns, or all")
-        if self.size is not None and parse_size(self.size) <= 0:
-            raise RecipeError(f"step {self.method!r}: size = {self.size!r}; wanted above 0 bytes")
+        _check_budget(self.name, {"keep": self.keep, "bits": self.bits, "size": self.size})
+        _check_target(self.name, self.target)
+
+    @property
+    def name(self) -> str:
+        return self.method
+
+    @property
+    def has_budget(self) -> bool:
+        return self.keep is not None or self.bits is not None or self.size is not None
 
     @property
     def size_bytes(self) -> int | None:
         return None if self.size is None else parse_size(self.size)
+
+
+@dataclass(frozen=True)
+class RewriteStep:
+    """Other weights, the same function."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    rewrite: str
+    """Name in the table of rewrites."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """The rewrite's own fields; in TOML they stand in the step itself."""
+
+    @property
+    def name(self) -> str:
+        return self.rewrite
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """Smaller keys and values: attention that stores something else in the cache."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    cache: str
+    """Name in the table of caches."""
+
+    keep: float
+    """Bytes of keys and values per token afterwards, as a fraction of before."""
+
+    allocate: str = "greedy"
+    """How the bytes per token are divided among the blocks: name in the table of allocators."""
+
+    propagate: Literal["none", "block"] = "block"
+    """Inputs that a block is fitted to: the dense model's, or those behind compressed blocks."""
+
+    on_failure: Literal["raise", "dense"] = "raise"
+    """What to do where a block fails: stop, or leave it dense and report it as degraded."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """The cache's own fields; in TOML they stand in the step itself."""
+
+    def __post_init__(self) -> None:
+        _check_budget(self.name, {"keep": self.keep})
+
+    @property
+    def name(self) -> str:
+        return self.cache
+
+
+@dataclass(frozen=True)
+class ConvertStep:
+    """Another part of the architecture in every block: attention, position embedding."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    convert: str
+    """Name in the table of conversions."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """The conversion's own fields; in TOML they stand in the step itself."""
+
+    @property
+    def name(self) -> str:
+        return self.convert
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Gradient descent on objectives, while the targets pretend to be what they will become."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    train: list[str]
+    """Objectives, names in their table, added up: "tokens" (the text itself), "logits" (those of the dense model)."""
+
+    relax: str = "adapter"
+    """What the targets pretend to be: name in the table of relaxations."""
+
+    target: list[str] = field(default_factory=lambda: ["all"])
+    """Roles, module-name patterns, or "all" linears of the blocks; a linear that a former step compressed counts by its
+    own role."""
+
+    tokens: int = 1_000_000
+    """Tokens to see, the same ones again where the text is shorter."""
+
+    batch: int = 8
+    """Windows in a step of the optimiser."""
+
+    rate: float = 1e-3
+    """Largest learning rate."""
+
+    quantizer_rate: float | None = None
+    """Largest learning rate of step sizes and widths; by default `rate`."""
+
+    warmup: float = 0.03
+    """Share of the steps in which the rate rises."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls afterwards."""
+
+    decay: float = 0.0
+    """Weight decay of matrices; vectors have none."""
+
+    held_out: int = 16
+    """Windows that are not trained on but measured."""
+
+    patience: int = 0
+    """Measurements without a new best after which training stops and takes the best numbers back; 0: never."""
+
+    text: list[str] | None = None
+    """Texts to train on; by default the calibration texts, all of their windows."""
+
+    bits: float | None = None
+    """Average bits per target weight that a relaxation with learned widths has to reach."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    """The relaxation's own fields; in TOML they stand in the step itself."""
+
+    def __post_init__(self) -> None:
+        _check_target(self.name, self.target)
+        _check_budget(self.name, {"bits": self.bits})
+        if not self.train:
+            raise RecipeError("step train: an empty list of objectives; name tokens or logits")
+        for what in ("tokens", "batch", "rate"):
+            if getattr(self, what) <= 0:
+                raise RecipeError(f"step train: {what} = {getattr(self, what)}; wanted above 0")
+        if not 0 <= self.warmup < 1:
+            raise RecipeError(f"step train: warmup = {self.warmup}; wanted 0 or more, below 1, a share of the steps")
+        if self.patience and not self.held_out:
+            raise RecipeError(f"step train: patience = {self.patience} needs windows held out")
+
+    @property
+    def name(self) -> str:
+        return self.relax
+
+
+Step = MethodStep | RewriteStep | CacheStep | ConvertStep | TrainStep
+
+STEPS: dict[str, type[Step]] = {
+    "method": MethodStep,
+    "rewrite": RewriteStep,
+    "cache": CacheStep,
+    "convert": ConvertStep,
+    "train": TrainStep,
+}
+"""What a step can do.  A step has exactly one of these keys."""
+
+
+def verb_of(step: Step) -> str:
+    return next(verb for verb, kind in STEPS.items() if isinstance(step, kind))
+
+
+def _verb_in(step: Any) -> str | None:
+    """The verb of a step, in plain values or built."""
+    return next((v for v in STEPS if v in step), None) if isinstance(step, dict) else verb_of(step)
+
+
+AnyStep = Annotated[
+    Annotated[MethodStep, Tag("method")]
+    | Annotated[RewriteStep, Tag("rewrite")]
+    | Annotated[CacheStep, Tag("cache")]
+    | Annotated[ConvertStep, Tag("convert")]
+    | Annotated[TrainStep, Tag("train")],
+    Discriminator(_verb_in),
+]
 
 
 @dataclass(frozen=True)
@@ -143,7 +310,7 @@ class Recipe:
     model: str
     """Folder or hub name."""
 
-    step: list[Step]
+    step: list[AnyStep]
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
@@ -163,6 +330,8 @@ class Recipe:
             raise RecipeError(f"seed = {self.seed}; wanted 0 or more, below 2^63")
         if not self.step:
             raise RecipeError("a recipe without a step does nothing; add a [[step]]")
+        if any(isinstance(step, MethodStep) and step.base is not None for step in self.step[:-1]):
+            raise RecipeError("a step with a base writes a folder of differences; it has to be the last one")
         if parse_size(self.shard_size) <= 0:
             raise RecipeError(f"shard_size = {self.shard_size!r}; wanted above 0 bytes")
 
@@ -216,12 +385,12 @@ def parse_size(size: int | str) -> int:
 def _step(plain: Any, number: int) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise RecipeError(f"step {number} is no table; write each step under its own [[step]]")
-    verbs = [verb for verb in VERBS if verb in plain]
+    verbs = [verb for verb in STEPS if verb in plain]
     if len(verbs) != 1:
-        raise RecipeError(f"step {number}: wanted exactly one of {', '.join(VERBS)}; its keys: {', '.join(plain)}")
+        raise RecipeError(f"step {number}: wanted exactly one of {', '.join(STEPS)}; its keys: {', '.join(plain)}")
     if not isinstance(plain.get("options", {}), dict):
         raise RecipeError(f"step {number}: options = {plain['options']!r}; wanted a table of the method's own fields")
-    own = {f.name for f in dataclasses.fields(Step)}
+    own = {f.name for f in dataclasses.fields(STEPS[verbs[0]])}
     options = {k: v for k, v in plain.items() if k not in own} | plain.get("options", {})
     return {k: v for k, v in plain.items() if k in own and k != "options"} | {"options": options}
 
@@ -234,12 +403,33 @@ def _validated(kind: type[Recipe], plain: dict[str, Any]) -> Recipe:
         raise RecipeError(f"recipe: a value that is neither text, number, boolean, list nor table ({error})") from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
+        # the name of a step's class is of no interest to who wrote the recipe
+        parts = [part for part in first["loc"] if part not in STEPS or part in first["loc"][-1:]]
+        place = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in parts)
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             known = {"calibration": Calibration, "evaluation": Evaluation}.get(str(first["loc"][0]), kind)
             names = [f.name for f in dataclasses.fields(known)]
             raise RecipeError("recipe: " + unknown("key", str(first["loc"][-1]), names)) from error
         raise RecipeError(f"recipe: {place}: {first['msg']} (came: {first.get('input')!r})") from error
+
+
+def _check_budget(name: str, budgets: dict[str, float | int | str | None]) -> None:
+    given = {key: value for key, value in budgets.items() if value is not None}
+    if len(given) > 1:
+        came = " and ".join(f"{key} = {value}" for key, value in given.items())
+        raise RecipeError(f"step {name!r}: give only one of {', '.join(budgets)} (came: {came})")
+    for key, value in given.items():
+        if key == "keep" and not 0 < float(value) <= 1:
+            raise RecipeError(f"step {name!r}: keep = {value}; wanted above 0 and at most 1")
+        if key == "bits" and not 0 < float(value) < math.inf:
+            raise RecipeError(f"step {name!r}: bits = {value}; wanted above 0")
+        if key == "size" and parse_size(value) <= 0:  # type: ignore[arg-type]
+            raise RecipeError(f"step {name!r}: size = {value!r}; wanted above 0 bytes")
+
+
+def _check_target(name: str, target: list[str]) -> None:
+    if not target:
+        raise RecipeError(f"step {name!r}: target is an empty list; name roles or patterns, or all")
 
 
 def _canonical(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """The two sweeps over a model's blocks.
 
-    sweep 1, dense         observe a block's inputs, ask the method for the curve of each site, keep only the curve
+    sweep 1, dense         observe a block's inputs, ask for the curve of each target, keep only the curve
     allocate               curves and a budget of bytes become a plan
     sweep 2, compressed    observe the inputs again, now behind compressed blocks; compress; go on with the cut block
 
 Two sweeps, because two wishes collide: to divide a budget globally, every curve must be known before the first cut; to
 fit a block to the inputs that it will really see, all blocks before it must be cut.  An allocator that needs no curves
-skips the first sweep.  With ``propagate = "none"`` every site is fitted to the dense model's inputs; one sweep observes
-them, spills the statistics to disk, and the second one reads them.
+skips the first sweep.  With ``propagate = "none"`` every target is fitted to the dense model's inputs; one sweep
+observes them, spills the statistics to disk, and the second one reads them.
 
 Every finished block is a unit of the journal, so that a stopped run loses one block at most.
 """
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,20 +29,17 @@ from tersely.allocate import Allocator, Choice, Curve, Plan, curve_of
 from tersely.anatomy import Anatomy, Site
 from tersely.calibrate import Blocks, Replay, StatisticsStore, watch_list
 from tersely.checkpoint import Source, State
-from tersely.errors import NumericalError
+from tersely.errors import NumericalError, RecipeError
 from tersely.journal import Journal
-from tersely.kinds import LinearKind, Spec
-from tersely.methods import Method
+from tersely.kinds import Kind, Made
 from tersely.option import Option
-from tersely.recipe import Step
 from tersely.stats import Gram, Statistic, Stats
+from tersely.targets import Target
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """What is being done, how many units are done, of how many."""
-
-Replaced = dict[str, tuple[Spec, State]]
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,13 @@ class Job:
 
     source: Source
     anatomy: Anatomy
-    sites: tuple[Site, ...]
-    step: Step
-    method: Method
+    targets: tuple[Target, ...]
     allocator: Allocator
-    budget: int
+    budget: int | None
+    """In the unit of the targets' `dense_bytes`; None where every target has a single form to take."""
+    propagate: str
+    """none, block or input; see `MethodStep`."""
+    on_failure: str
     windows: Tensor | None
     """Token numbers ``[samples, length]``; None for a data-free method without calibration."""
     device: str
@@ -67,36 +67,62 @@ class Job:
     def needs(self) -> tuple[type[Statistic], ...]:
         """What is gathered: what the method reads, and the Gram matrix, which tells the error that a site really
         makes."""
-        return tuple(dict.fromkeys([*self.method.needs, Gram])) if self.windows is not None else ()
+        return tuple(dict.fromkeys([*self.method_needs, Gram])) if self.windows is not None else ()
 
-    def in_block(self, index: int) -> tuple[Site, ...]:
-        return tuple(site for site in self.sites if site.block == index)
+    @cached_property
+    def method_needs(self) -> tuple[type[Statistic], ...]:
+        return tuple(dict.fromkeys(kind for target in self.targets for kind in target.needs))
+
+    def in_block(self, index: int) -> tuple[Target, ...]:
+        return tuple(target for target in self.targets if target.block == index)
+
+    def sites_in_block(self, index: int) -> tuple[Site, ...]:
+        return tuple(site for target in self.in_block(index) for site in target.sites)
 
 
 @dataclass
 class Outcome:
-    """What became of the sites."""
+    """What became of the targets."""
 
     plan: Plan
-    replaced: Replaced
+    replaced: dict[str, Made]
+    """Path in the model → what stands there now."""
+    done: list[str]
+    """Targets that were replaced."""
     errors: dict[str, float | None]
-    """Site → share of its output energy that was lost on the inputs it was fitted to; None without calibration."""
+    """Target → share of its output energy that was lost on the inputs it was fitted to; None where not known."""
     degraded: dict[str, str]
-    """Site → why it was left dense against the plan."""
+    """Target → why it was left dense against the plan."""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def dense_bytes(site: Site, source: Source) -> int:
-    return site.out_features * site.in_features * source.dtype.itemsize
-
-
-def size_curves(sites: Sequence[Site], method: Method, source: Source) -> list[Curve]:
+def size_curves(targets: Sequence[Target], itemsize: int) -> list[Curve]:
     """Curves without errors, from shapes alone."""
-    itemsize = source.dtype.itemsize
-    return [
-        curve_of(site.name, method.sizes((site.out_features, site.in_features), itemsize), dense_bytes(site, source))
-        for site in sites
-    ]
+    return [curve_of(t.name, t.sizes(itemsize), t.dense_bytes(itemsize)) for t in targets]
+
+
+def forced(curves: Sequence[Curve]) -> Plan:
+    """The plan without a budget: every target takes the one form that it has, if that is smaller than it is now.
+
+    Raises RecipeError where there is a choice.
+    """
+    for curve in curves:
+        if len(curve.options) > 2:
+            raise RecipeError(
+                f"{curve.site} could become one of {len(curve.options) - 1} sizes; give one of keep, bits and size"
+            )
+    return Plan(
+        sum(curve.options[0].nbytes for curve in curves),
+        {
+            curve.site: Choice(
+                curve.options[0].amount,
+                curve.options[0].nbytes,
+                curve.dense_bytes,
+                curve.relative(curve.options[0]),
+            )
+            for curve in curves
+        },
+    )
 
 
 def compress(job: Job) -> Outcome:
@@ -104,20 +130,21 @@ def compress(job: Job) -> Outcome:
     clock = _Clock()
     blocks = Blocks(job.source, job.anatomy, job.device)
     plan = _plan(job, blocks, clock)
-    outcome = Outcome(plan, {}, {}, {})
+    outcome = Outcome(plan, {}, [], {}, {})
     for index, unit in _compressed_blocks(job, blocks, plan, clock):
         outcome.replaced |= unit.replaced
+        outcome.done += unit.done
         outcome.errors |= unit.errors
         outcome.degraded |= unit.degraded
         job.progress("compressing", index + 1, len(job.anatomy.blocks))
         errors = [error for error in unit.errors.values() if error is not None]
         mean = f", {sum(errors) / len(errors):.4f} mean rel. error" if errors else ""
-        logger.info("block %d/%d: %d sites cut%s", index + 1, len(job.anatomy.blocks), len(unit.replaced), mean)
+        logger.info("block %d/%d: %d targets cut%s", index + 1, len(job.anatomy.blocks), len(unit.done), mean)
     for index in range(len(job.anatomy.blocks)):
         if job.journal.has(f"curves/{index:04}.json"):
             offered = job.journal.read_json(f"curves/{index:04}.json")
-            outcome.degraded |= {site: why for site, why in offered.items() if isinstance(why, str)}
-    outcome.seconds = clock.seconds
+            outcome.degraded |= {name: why for name, why in offered.items() if isinstance(why, str)}
+    outcome.seconds = dict(clock.seconds)
     return outcome
 
 
@@ -125,21 +152,26 @@ def _plan(job: Job, blocks: Blocks, clock: "_Clock") -> Plan:
     """Divide the budget, after sweep 1 where the allocator asks for predicted errors."""
     if job.journal.has("plan.json"):
         return Plan.from_json(job.journal.read_json("plan.json"))
+    itemsize = job.source.dtype.itemsize
+    if job.budget is None:
+        plan = forced(size_curves(job.targets, itemsize))
+        job.journal.write_json("plan.json", plan.to_json())
+        return plan
     if job.allocator.needs_errors:
         curves = []
-        for index, stats in _dense_statistics(job, blocks, job.method.needs, clock):
+        for index, stats in _dense_statistics(job, blocks, job.method_needs, clock):
             unit = f"curves/{index:04}.json"
             if not job.journal.has(unit):
                 with clock("curves"):
                     job.journal.write_json(unit, _curves(job, index, stats))
             options = job.journal.read_json(unit)
-            for site in job.in_block(index):
-                offered = options[site.name]
-                of_site = [] if isinstance(offered, str) else [Option(*option) for option in offered]
-                curves.append(curve_of(site.name, of_site, dense_bytes(site, job.source)))
+            for target in job.in_block(index):
+                offered = options[target.name]
+                of_target = [] if isinstance(offered, str) else [Option(*option) for option in offered]
+                curves.append(curve_of(target.name, of_target, target.dense_bytes(itemsize)))
             job.progress("measuring", index + 1, len(job.anatomy.blocks))
     else:
-        curves = size_curves(job.sites, job.method, job.source)
+        curves = size_curves(job.targets, itemsize)
     with clock("allocate"):
         plan = job.allocator.divide(curves, job.budget)
     job.journal.write_json("plan.json", plan.to_json())
@@ -147,18 +179,19 @@ def _plan(job: Job, blocks: Blocks, clock: "_Clock") -> Plan:
 
 
 def _curves(job: Job, index: int, stats: Mapping[str, Stats]) -> dict[str, Any]:
-    """Site → its options as plain values, or why there are none."""
+    """Target → its options as plain values, or why there are none."""
     options: dict[str, Any] = {}
-    for site in job.in_block(index):
-        weight = _weight(job.source.tensor(f"{site.name}.weight"), site).to(job.device)
+    for target in job.in_block(index):
+        stored = {site.name: job.source.tensor(f"{site.name}.weight") for site in target.sites}
+        weights = {site.name: _weight(stored[site.name], site).to(job.device) for site in target.sites}
         try:
-            offered = job.method.options(weight, stats.get(site.reads, Stats()))
+            offered = target.options(weights, stats)
         except (NumericalError, torch.linalg.LinAlgError) as error:
-            if job.step.on_failure == "raise":
-                raise NumericalError(f"{site.name}: {error}") from error
-            options[site.name] = str(error)
+            if job.on_failure == "raise":
+                raise NumericalError(f"{target.name}: {error}") from error
+            options[target.name] = str(error)
             continue
-        options[site.name] = [(o.amount, o.nbytes, o.error) for o in offered]
+        options[target.name] = [(o.amount, o.nbytes, o.error) for o in offered]
     return options
 
 
@@ -166,7 +199,8 @@ def _curves(job: Job, index: int, stats: Mapping[str, Stats]) -> dict[str, Any]:
 class _Unit:
     """The result of one block."""
 
-    replaced: Replaced = field(default_factory=dict)
+    replaced: dict[str, Made] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
     errors: dict[str, float | None] = field(default_factory=dict)
     degraded: dict[str, str] = field(default_factory=dict)
 
@@ -174,7 +208,7 @@ class _Unit:
 def _compressed_blocks(job: Job, blocks: Blocks, plan: Plan, clock: "_Clock") -> Iterator[tuple[int, _Unit]]:
     count = len(job.anatomy.blocks)
     finished = [_read_unit(job, index) for index in range(count)]
-    if all(finished) or job.windows is None or job.step.propagate == "none":
+    if all(finished) or job.windows is None or job.propagate == "none":
         # a finished block is skipped by its own unit; nothing depends on the ones before
         dense = (
             _dense_statistics(job, blocks, job.needs, clock) if not all(finished) else ((i, {}) for i in range(count))
@@ -195,59 +229,63 @@ def _compressed_blocks(job: Job, blocks: Blocks, plan: Plan, clock: "_Clock") ->
 def _cut_at_once(
     job: Job, block: nn.Module, index: int, stats: Mapping[str, Stats], plan: Plan, clock: "_Clock"
 ) -> _Unit:
-    """Compress all sites of a block from statistics that are at hand."""
+    """Compress all targets of a block from statistics that are at hand."""
     unit = _Unit()
     with clock("factorise"):
-        for site in job.in_block(index):
-            _cut_site(job, block, site, stats.get(site.reads, Stats()), plan.choices[site.name], unit)
+        for target in job.in_block(index):
+            _cut(job, block, target, stats, plan.choices[target.name], unit)
     return _commit_unit(job, index, unit)
 
 
 def _cut_in_stream(job: Job, block: nn.Module, index: int, replay: Replay, plan: Plan, clock: "_Clock") -> _Unit:
     """Compress a block on the inputs that come out of the compressed blocks before it.
 
-    With ``propagate = "input"`` the sites are taken in groups that read one input, and the later groups observe a block
-    whose earlier groups are cut already.
+    With ``propagate = "input"`` the targets are taken in groups that read one input, and the later groups observe a
+    block whose earlier groups are cut already.
     """
     unit = _Unit()
-    sites = job.in_block(index)
-    chosen = {site.name for site in sites}
-    groups: list[tuple[Site, ...]] = [sites] if sites else []
-    if job.step.propagate == "input":
-        in_order = [tuple(s for s in group if s.name in chosen) for _, group in job.anatomy.inputs(index)]
-        groups = [group for group in in_order if group]
+    targets = job.in_block(index)
+    groups: list[tuple[Target, ...]] = [targets] if targets else []
+    if job.propagate == "input":
+        inputs = [reads for reads, _ in job.anatomy.inputs(index)]
+        by_input = sorted(targets, key=lambda target: inputs.index(target.sites[0].reads))
+        groups = [tuple(group) for _, group in groupby(by_input, key=lambda target: target.sites[0].reads)]
     for group in groups:
-        watched = watch_list(job.anatomy, index, group, job.needs, job.device)
+        sites = [site for target in group for site in target.sites]
+        watched = watch_list(job.anatomy, index, sites, job.needs, job.device)
         with clock("replay"):
             replay.observe(block, watched, advance=False)
+        stats = {key: of_input for key, (_, of_input) in watched.items()}
         with clock("factorise"):
-            for site in group:
-                _cut_site(job, block, site, watched[site.reads][1], plan.choices[site.name], unit)
+            for target in group:
+                _cut(job, block, target, stats, plan.choices[target.name], unit)
     return _commit_unit(job, index, unit)
 
 
-def _cut_site(job: Job, block: nn.Module, site: Site, stats: Stats, choice: Choice, unit: _Unit) -> None:
-    """Replace one site inside `block` as the plan says, and note what that did."""
+def _cut(job: Job, block: nn.Module, target: Target, stats: Mapping[str, Stats], choice: Choice, unit: _Unit) -> None:
+    """Replace one target inside `block` as the plan says, and note what that did."""
     if choice.amount is None:
-        unit.errors[site.name] = 0.0
+        unit.errors[target.name] = 0.0
         return
-    inside = site.name.removeprefix(f"{job.anatomy.blocks[site.block]}.")
-    state = block.get_submodule(inside).state_dict()
-    weight = _weight(state["weight"], site)
+    prefix = f"{job.anatomy.blocks[target.block]}."
+    states = {site.name: block.get_submodule(site.name.removeprefix(prefix)).state_dict() for site in target.sites}
+    weights = {site.name: _weight(states[site.name]["weight"], site) for site in target.sites}
+    biases = {site.name: states[site.name]["bias"] for site in target.sites if site.bias}
     try:
-        kind = job.method.compress(weight, stats, choice.amount)
-        _check_finite(kind, site)
+        made = target.compress(weights, biases, stats, choice.amount)
+        for name, kind in made.items():
+            _check_finite(kind, name)
     except (NumericalError, torch.linalg.LinAlgError) as error:
-        if job.step.on_failure == "raise":
-            raise NumericalError(f"{site.name}: {error}") from error
-        unit.degraded[site.name] = str(error)
-        unit.errors[site.name] = 0.0
+        if job.on_failure == "raise":
+            raise NumericalError(f"{target.name}: {error}") from error
+        unit.degraded[target.name] = str(error)
+        unit.errors[target.name] = 0.0
         return
-    if site.bias:
-        kind.set_bias(state["bias"])
-    unit.errors[site.name] = _relative_error(weight, kind, stats)
-    unit.replaced[site.name] = kind.spec(), {n: t.cpu() for n, t in kind.state_dict().items()}
-    block.set_submodule(inside, kind)
+    unit.errors[target.name] = target.error(weights, made, stats)
+    unit.done.append(target.name)
+    for name, kind in made.items():
+        unit.replaced[name] = Made.of(kind)
+        block.set_submodule(name.removeprefix(prefix), kind)
 
 
 def _weight(stored: Tensor, site: Site) -> Tensor:
@@ -255,21 +293,10 @@ def _weight(stored: Tensor, site: Site) -> Tensor:
     return stored.T.contiguous() if site.transposed else stored
 
 
-def _check_finite(kind: LinearKind, site: Site) -> None:
-    for name, tensor in kind.state_dict().items():
+def _check_finite(kind: Kind, name: str) -> None:
+    for part, tensor in kind.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise NumericalError(f"{name} of the compressed module is not finite in {tensor.dtype}")
-
-
-def _relative_error(weight: Tensor, kind: LinearKind, stats: Stats) -> float | None:
-    """tr(Δ G Δᵀ) / tr(W G Wᵀ): what the stored module, rounding included, loses of the output energy."""
-    if Gram not in stats:
-        return None
-    gram = stats[Gram].mean()
-    weight = weight.double()
-    difference = weight - kind.to_dense().double()
-    energy = ((weight @ gram) * weight).sum().item()
-    return ((difference @ gram) * difference).sum().item() / energy if energy > 0 else 0.0
+            raise NumericalError(f"{part} of the compressed {name} is not finite in {tensor.dtype}")
 
 
 def _dense_statistics(
@@ -291,7 +318,7 @@ def _dense_statistics(
                 replay.observe(blocks.dense(replay.at), {}, advance=True)
             # a shared store serves every later choice of targets, so it is given all inputs of the block
             shared = job.store is not None and job.store.shared
-            wanted = job.anatomy.sites if shared else job.in_block(index)
+            wanted = job.anatomy.sites if shared else job.sites_in_block(index)
             kinds = needs if job.store is None else job.needs
             watched = watch_list(job.anatomy, index, wanted, kinds, job.device)
             replay.observe(blocks.dense(index), watched, advance=True)
@@ -304,12 +331,15 @@ def _dense_statistics(
 
 def _commit_unit(job: Job, index: int, unit: _Unit) -> _Unit:
     """Write a finished block, and hand it back as it lies on disk: memory holds one block, not all of them."""
-    tensors = {f"{name}.{part}": t for name, (_, state) in unit.replaced.items() for part, t in state.items()}
+    tensors = {f"{name}.{part}": t for name, made in unit.replaced.items() for part, t in made.state.items()}
     job.journal.write_tensors(f"blocks/{index:04}.safetensors", tensors)
-    specs = {name: spec for name, (spec, _) in unit.replaced.items()}
-    job.journal.write_json(
-        f"blocks/{index:04}.json", {"specs": specs, "errors": unit.errors, "degraded": unit.degraded}
-    )
+    plain = {
+        "specs": {name: made.specs for name, made in unit.replaced.items()},
+        "done": unit.done,
+        "errors": unit.errors,
+        "degraded": unit.degraded,
+    }
+    job.journal.write_json(f"blocks/{index:04}.json", plain)
     return _read_unit(job, index) or unit
 
 
@@ -320,10 +350,10 @@ def _read_unit(job: Job, index: int) -> _Unit | None:
     tensors = job.journal.read_tensors(f"blocks/{index:04}.safetensors")
     states: dict[str, State] = defaultdict(dict)
     for name, tensor in tensors.items():
-        site = max((s for s in plain["specs"] if name.startswith(f"{s}.")), key=len)
-        states[site][name.removeprefix(f"{site}.")] = tensor
-    replaced = {name: (spec, states[name]) for name, spec in plain["specs"].items()}
-    return _Unit(replaced, plain["errors"], plain["degraded"])
+        place = max((p for p in plain["specs"] if name.startswith(f"{p}.")), key=len)
+        states[place][name.removeprefix(f"{place}.")] = tensor
+    replaced = {name: Made(specs, states[name]) for name, specs in plain["specs"].items()}
+    return _Unit(replaced, plain["done"], plain["errors"], plain["degraded"])
 
 
 class _Clock:

@@ -60,6 +60,16 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the family has a linear, whatever stands there by now: the linear itself, or a kind that replaced it."""
+
+    name: str
+    role: str
+    block: int
+    reads: str
+
+
+@dataclass(frozen=True)
 class Kept:
     """A linear, or a weight that works like one, that is no site: left as it is, and said so.
 
@@ -123,6 +133,8 @@ class Anatomy:
     """Paths of the blocks, in order of execution."""
     sites: tuple[Site, ...]
     """All sites, in order of execution."""
+    places: tuple[Place, ...]
+    """Where the family has its linears, in order of execution."""
     kept: tuple[Kept, ...]
     """Every other linear of the model, and every weight of a mixture of experts."""
     heads: Heads
@@ -168,6 +180,33 @@ class Anatomy:
             chosen |= matching
         return tuple(site for site in self.sites if site in chosen)
 
+    def select_places(self, target: Sequence[str]) -> tuple[Place, ...]:
+        """As `select`, of places: a word names them by role or by path, and what has become of them does not count."""
+        chosen: set[Place] = set()
+        for word in target:
+            named = {p for p in self.places if word == "all" or f"{p.role}.".startswith(f"{word}.")}
+            named |= {p for p in self.places if "*" in word and fnmatchcase(p.name, word)}
+            if not named:
+                raise AnatomyError(unknown("target", word, {"all", *(p.role for p in self.places)}))
+            chosen |= named
+        return tuple(place for place in self.places if place in chosen)
+
+    def select_units(self, target: Sequence[str], roles: Sequence[str]) -> tuple[Unit, ...]:
+        """The units of some roles all of whose linears a target names; see `select`.
+
+        Raises AnatomyError where there are none.
+        """
+        chosen = {site.name for site in self.select(target)}
+        units = tuple(
+            unit for unit in self.units if unit.role in roles and all(s.name in chosen for s in unit.sites.values())
+        )
+        if not units:
+            raise AnatomyError(
+                f"target {list(target)} holds no whole unit of {' or '.join(roles)} that is still as the model had it; "
+                f"name {' or '.join(roles)}, before steps that replace their linears"
+            )
+        return units
+
     def coverage(self, selected: Sequence[Site], left_dense: Mapping[str, str] | None = None) -> str:
         """One sentence: how many linears `selected` touches, how many are kept, and why.
 
@@ -206,12 +245,14 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     blocks = _blocks(model, family)
     parts = [part for index, block in enumerate(blocks) for part in _parts_of_block(model, family, block, index)]
     sites = tuple(part for part in parts if isinstance(part, Site))
+    places = tuple(part for part in parts if isinstance(part, Place))
     tied = _tied(model)
     heads = _heads(model)
     return Anatomy(
         family=name,
         blocks=blocks,
         sites=sites,
+        places=places,
         kept=(*(part for part in parts if isinstance(part, Kept)), *_other_linears(model, blocks, sites, tied)),
         heads=heads,
         tied=tied,
@@ -348,12 +389,13 @@ def _blocks(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
     return tuple(f"{path}.{index}" for index in range(len(stack)))
 
 
-def _parts_of_block(model: PreTrainedModel, family: Family, block: str, index: int) -> Iterator[Site | Kept]:
+def _parts_of_block(model: PreTrainedModel, family: Family, block: str, index: int) -> Iterator[Site | Place | Kept]:
     modules = dict(model.get_submodule(block).named_modules(remove_duplicate=False))
     parameters = dict(model.get_submodule(block).named_parameters(remove_duplicate=False))
     has_experts = not parameters.keys().isdisjoint(family.experts)
     for role, path in family.linears.items():
         if path in modules:
+            yield Place(f"{block}.{path}", role, index, f"{block}:{READS[role]}")
             yield from _parts_below(modules[path], f"{block}.{path}", role, index, f"{block}:{READS[role]}")
         elif not (has_experts and role.startswith("mlp.")):
             raise AnatomyError(

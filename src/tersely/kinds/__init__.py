@@ -1,19 +1,57 @@
 """The kinds, by the name that manifests use."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tersely.errors import CheckpointError, unknown
-from tersely.kinds.base import LinearKind, Spec
+from tersely.kinds.attention import Attention
+from tersely.kinds.base import Kind, LinearKind, Spec, dense_weight
+from tersely.kinds.dense import DenseLinear
 from tersely.kinds.low_rank import LowRankLinear
+from tersely.kinds.quantized import QuantizedLinear
+from tersely.kinds.sum import SumLinear
 
-KINDS: dict[str, type[LinearKind]] = {
+KINDS: dict[str, type[Kind]] = {
+    "attention": Attention,
+    "dense": DenseLinear,
     "low_rank": LowRankLinear,
+    "quantized": QuantizedLinear,
+    "sum": SumLinear,
 }
 
 
-def build(spec: Spec) -> LinearKind:
+@dataclass(frozen=True)
+class Made:
+    """A module in plain values: what to build, and its numbers."""
+
+    specs: dict[str, Spec]
+    """Path inside the module → spec, for it ("") and for every kind below it."""
+    state: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, module: Kind) -> "Made":
+        return cls(manifest_of(module), {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()})
+
+    def below(self, path: str) -> "Made":
+        """A kind inside, at this path."""
+        specs = {
+            p.removeprefix(path).removeprefix("."): s for p, s in self.specs.items() if f"{p}.".startswith(f"{path}.")
+        }
+        inside = {p.removeprefix(f"{path}."): t for p, t in self.state.items() if p.startswith(f"{path}.")}
+        return Made(specs, inside)
+
+    def build(self) -> Kind:
+        """The module on the meta device, waiting for its numbers."""
+        with torch.device("meta"):
+            module = build(self.specs[""])
+            replace_modules(module, {path: spec for path, spec in self.specs.items() if path})
+        return module
+
+
+def build(spec: Spec) -> Kind:
     """The module that `spec` describes, its numbers uninitialised."""
     if spec.get("kind") not in KINDS:
         raise CheckpointError(unknown("kind", str(spec.get("kind")), KINDS))
@@ -34,7 +72,22 @@ def replace_modules(model: nn.Module, manifest: Mapping[str, Spec]) -> None:
 
 def manifest_of(model: nn.Module) -> dict[str, Spec]:
     """name → spec of every kind in a model, in order of the modules."""
-    return {name: module.spec() for name, module in model.named_modules() if isinstance(module, LinearKind)}
+    return {name: module.spec() for name, module in model.named_modules() if isinstance(module, Kind)}
 
 
-__all__ = ["KINDS", "LinearKind", "LowRankLinear", "Spec", "build", "manifest_of", "replace_modules"]
+__all__ = [
+    "KINDS",
+    "Attention",
+    "DenseLinear",
+    "Kind",
+    "LinearKind",
+    "LowRankLinear",
+    "Made",
+    "QuantizedLinear",
+    "Spec",
+    "SumLinear",
+    "build",
+    "dense_weight",
+    "manifest_of",
+    "replace_modules",
+]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersely.kinds.base import LinearKind, Spec
+from tersely.kinds.base import LinearKind, Spec, dense_weight
 
 
 class LowRankLinear(LinearKind):
@@ -62,15 +62,8 @@ class LowRankLinear(LinearKind):
         return cls(spec["in_features"], spec["out_features"], spec["rank"], bias=spec["bias"])
 
     def to_dense(self) -> Float[Tensor, "out in"]:
-        return _dense(self.up) @ _dense(self.down)
+        return dense_weight(self.up) @ dense_weight(self.down)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
-
-def _dense(factor: nn.Module) -> Float[Tensor, "out in"]:
-    """The weight of a factor, in float32 or better, whatever has become of it."""
-    if isinstance(factor, LinearKind):
-        return factor.to_dense()
-    weight = factor.get_parameter("weight").detach()
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -1,14 +1,25 @@
 """The methods, by their names in recipes."""
 
-from tersely.methods.base import Method
+from tersely.methods.base import Method, UnitMethod
 from tersely.methods.low_rank.asvd import ChannelScaledSVD
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
+from tersely.methods.prune.stat import InterpolativePruning
+from tersely.methods.quantize.gptq import GPTQ
+from tersely.methods.quantize.rtn import RoundToNearest
 
 METHODS: dict[str, type[Method]] = {
     "asvd": ChannelScaledSVD,
+    "gptq": GPTQ,
+    "rtn": RoundToNearest,
     "svd": PlainSVD,
     "svd_llm": WhitenedSVD,
 }
+"""Methods that see one linear."""
 
-__all__ = ["METHODS", "Method"]
+UNIT_METHODS: dict[str, type[UnitMethod]] = {
+    "stat": InterpolativePruning,
+}
+"""Methods that see the linears of an attention or an MLP together."""
+
+__all__ = ["METHODS", "UNIT_METHODS", "Method", "UnitMethod"]

@@ -1,18 +1,20 @@
-"""The contract of a method.
+"""The contracts of methods.
 
-A method is a frozen dataclass of hyperparameters with two pure functions: `options` says what it could do to a weight
-and at what price, `compress` does one of these.  It sees a weight and the statistics of its input, never a model; it
-mutates nothing, moves nothing, prints nothing and draws no global random numbers.
+A method is a frozen dataclass of hyperparameters with two pure functions: `options` says what it could do and at what
+price, `compress` does one of these.  A `Method` sees one weight and the statistics of its input; a `UnitMethod` sees
+the weights of linears that can only change together.  Neither ever sees a model; they mutate nothing, move nothing,
+print nothing and draw no global random numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
 
-from tersely.kinds import LinearKind
-from tersely.option import Option
+from tersely.anatomy import Unit
+from tersely.kinds import Kind, LinearKind
+from tersely.option import Amount, Option
 from tersely.stats import Statistic, Stats
 
 
@@ -22,6 +24,9 @@ class Method(Protocol):
 
     summary: ClassVar[str]
     """One line for listings."""
+
+    leaves: ClassVar[tuple[str, ...]]
+    """Children of the result that are linears again, for later steps; empty where nothing is left to compress."""
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -34,5 +39,39 @@ class Method(Protocol):
         """What could be done, by rising bytes.  The first has amount 0 and the whole energy as its error: it is never
         chosen, it says how much there is to lose."""
 
-    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
+    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: Amount) -> LinearKind:
         """Do it.  The result has the weight's dtype and device and no bias; the runner attaches that."""
+
+
+class UnitMethod(Protocol):
+    """Weights, biases and statistics are addressed by the last word of a role (q, k, v, o, gate, up, down, …).
+
+    Statistics are those of the input that the linear reads.  Bytes are those of the weights of the whole unit.
+    """
+
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+
+    roles: ClassVar[tuple[str, ...]]
+    """The units that it treats: attention, mlp."""
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]: ...
+
+    def check(self, unit: Unit) -> None:
+        """Raises AnatomyError with the reason where this unit cannot be treated."""
+
+    def sizes(self, unit: Unit, itemsize: int) -> Sequence[Option]: ...
+
+    def options(self, unit: Unit, weights: Mapping[str, Tensor], stats: Mapping[str, Stats]) -> Sequence[Option]:
+        """What could be done, by rising bytes, the first with amount 0 and all of the unit's output energy."""
+
+    def compress(
+        self,
+        unit: Unit,
+        weights: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor],
+        stats: Mapping[str, Stats],
+        amount: Amount,
+    ) -> dict[str, Kind]:
+        """Do it: the linears that changed, with their biases."""

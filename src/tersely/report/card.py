@@ -13,7 +13,7 @@ def model_card(report: Report, licence: str | None) -> str:
         front.append(f"base_model: {hub}")
     if licence:
         front.append(f"license: {licence}")
-    methods = ", ".join(f"`{step['method']}`" for step in report.recipe["step"])
+    methods = ", ".join(f"`{step['name']}`" for step in report.steps)
     lines = [
         *front,
         "---",
@@ -37,7 +37,7 @@ def model_card(report: Report, licence: str | None) -> str:
         lines.append(
             f"| {row.name} | {format_value(row.value, row.unit)} | {format_value(row.before, row.unit)} | {ratio} |"
         )
-    lines += ["", *_quality(report), *_cautions(report)]
+    lines += ["", *_quality(report), *_steps(report), *_cautions(report)]
     lines.append("Every setting is in `recipe.toml`, every site in `plan.json` and `report.json`.")
     return "\n".join(lines) + "\n"
 
@@ -61,6 +61,21 @@ def _quality(report: Report) -> list[str]:
             f"| {text['text']} | {text['windows']} × {text['length']} | {text['perplexity']:.3f} | "
             f"{text['dense_perplexity']:.3f} | {text['kl']:.4f} | {text['top1']:.4f} |"
         )
+    return [*lines, ""]
+
+
+def _steps(report: Report) -> list[str]:
+    """What each of several steps did."""
+    if len(report.steps) < 2:
+        return []
+    texts = [text["text"] for text in text_rows(report.evaluation)]
+    lines = [
+        "| after step | weights on disk |" + "".join(f" perplexity, {text} |" for text in texts),
+        "|---|--:|" + "--:|" * len(texts),
+    ]
+    for step in report.steps:
+        figures = "".join(f" {text['perplexity']:.3f} |" for text in text_rows(step.get("evaluation")))
+        lines.append(f"| {step['verb']} `{step['name']}` | {format_value(step['bytes'], 'bytes')} |{figures}")
     return [*lines, ""]
 
 

@@ -1,10 +1,11 @@
 """Reports for a terminal."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from tersely.report.rows import Report, format_value
+from tersely.report.rows import Report, format_value, text_rows
 
 
 def outcome_table(report: Report) -> Table:
@@ -15,6 +16,10 @@ def outcome_table(report: Report) -> Table:
     for row in report.rows:
         ratio = "–" if row.ratio is None else f"{row.ratio:.3f}"
         table.add_row(row.name, format_value(row.value, row.unit), format_value(row.before, row.unit), ratio)
+    for step in report.steps if len(report.steps) > 1 else []:
+        figures = ", ".join(f"perplexity {text['perplexity']:.3f}" for text in text_rows(step.get("evaluation")))
+        after = f"after {step['verb']} {step['name']}" + (f": {figures}" if figures else "")
+        table.add_row(after, format_value(step["bytes"], "bytes"), "", "")
     for text in report.evaluation["texts"] if report.evaluation else []:
         ratio = text["perplexity"] / text["dense_perplexity"]
         name = f"perplexity, {text['text']}"
@@ -48,3 +53,21 @@ def evaluation_table(figures: dict[str, Any]) -> Table:
         table.add_row("decode, batch 1", f"{speed['decode_tokens_per_second']:.0f} tokens/s")
         table.add_row("peak memory", format_value(speed["peak_bytes"], "bytes"))
     return table
+
+
+def rows_table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of a diagnosis; columns are the keys that occur, in order."""
+    table = Table(title=name, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
+        table.add_column(column, justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

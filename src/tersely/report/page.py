@@ -6,12 +6,13 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from tersely.report.card import named
-from tersely.report.rows import Report, format_value
+from tersely.report.rows import Report, format_amount, format_value, text_rows
 
 
 def page(report: Report) -> str:
     """Self-contained HTML of one run."""
-    return render("page.html.jinja", {"report": report, "name": named(report.model)[0]})
+    texts = [text["text"] for text in text_rows(report.evaluation)]
+    return render("page.html.jinja", {"report": report, "name": named(report.model)[0], "texts": texts})
 
 
 def render(template: str, values: dict[str, Any]) -> str:
@@ -20,6 +21,7 @@ def render(template: str, values: dict[str, Any]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_read)
     )
     environment.filters["quantity"] = format_value
+    environment.filters["amount"] = format_amount
     return environment.get_template(template).render(values)
 
 

@@ -23,15 +23,16 @@ class Row:
 
 @dataclass(frozen=True)
 class SiteRow:
-    """What became of one linear.  Errors are shares of the site's output energy, 0 to 1; None where not known."""
+    """What became of one linear, or of a unit of several (which has no shape of its own).  Errors are shares of its
+    output energy, 0 to 1; None where not known."""
 
     name: str
     role: str
-    out_features: int
-    in_features: int
+    out_features: int | None
+    in_features: int | None
     step: int
     method: str
-    amount: int | None
+    amount: Any
     nbytes: int
     dense_bytes: int
     predicted_error: float | None
@@ -49,6 +50,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     sites: list[SiteRow] = field(default_factory=list)
     kept: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Of each step: its verb and name, bytes of the weights on disk after it, seconds, and its evaluation if asked."""
     degraded: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
@@ -67,10 +70,16 @@ def size_rows(
 
     `weights`: how many numbers the touched weights stood for.
     """
-    bits, bits_before = 8 * touched[0] / weights, 8 * touched[1] / weights
+    rows = []
+    if weights:  # a rewrite touches all weights and the size of none
+        bits, bits_before = 8 * touched[0] / weights, 8 * touched[1] / weights
+        how = "stored numbers of the touched weights, biases aside"
+        rows = [
+            Row("touched weights", touched[0], "bytes", how, touched[1]),
+            Row("bits per touched weight", bits, "bits", "their bytes, over the weights they stand for", bits_before),
+        ]
     return [
-        Row("touched weights", touched[0], "bytes", "stored numbers of the touched weights, biases aside", touched[1]),
-        Row("bits per touched weight", bits, "bits", "their bytes, over the weights they stand for", bits_before),
+        *rows,
         Row("parameters", parameters[0], "parameters", "of the whole model, tied ones once", parameters[1]),
         Row("checkpoint", checkpoint[0], "bytes", "safetensors files on disk, headers included", checkpoint[1]),
     ]
@@ -88,6 +97,13 @@ def format_value(value: float | None, unit: str) -> str:
     if unit == "parameters":
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def format_amount(amount: Any) -> str:
+    """An amount for people: 12, or "rank 8, bits 4"; a dash for what was left dense."""
+    if amount is None:
+        return "–"
+    return ", ".join(f"{key} {value}" for key, value in amount.items()) if isinstance(amount, dict) else str(amount)
 
 
 def text_rows(evaluation: dict[str, Any] | None) -> Sequence[dict[str, Any]]:

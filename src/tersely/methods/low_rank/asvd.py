@@ -39,6 +39,7 @@ class ChannelScaledSVD:
 
     paper: ClassVar[str] = "Yuan et al., 2023, ASVD: Activation-aware Singular Value Decomposition (arXiv 2312.05821)"
     summary: ClassVar[str] = "truncated SVD after scaling input channels by their activations"
+    leaves: ClassVar[tuple[str, ...]] = ("down", "up")
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -25,6 +25,7 @@ from tersely.stats import Statistic, Stats
 class PlainSVD:
     paper: ClassVar[str] = "Eckart and Young, 1936, The approximation of one matrix by another of lower rank"
     summary: ClassVar[str] = "truncated SVD of the weight, data-free"
+    leaves: ClassVar[tuple[str, ...]] = ("down", "up")
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:

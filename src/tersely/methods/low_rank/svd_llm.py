@@ -40,6 +40,7 @@ class WhitenedSVD:
         "Wang et al., 2024, SVD-LLM: Truncation-aware Singular Value Decomposition (arXiv 2403.07378)"
     )
     summary: ClassVar[str] = "truncated SVD in the metric of the inputs (whitening)"
+    leaves: ClassVar[tuple[str, ...]] = ("down", "up")
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping < math.inf:

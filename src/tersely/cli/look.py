@@ -1,0 +1,108 @@
+"""Commands that look: list, plan, diagnose."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from tersely.cli.application import LOOK, app, console, use_threads, working
+from tersely.cli.asking import Asked
+from tersely.cli.flags import (
+    Bits,
+    Calibrate,
+    Device,
+    Dtype,
+    Json,
+    Keep,
+    Length,
+    Method,
+    Model,
+    Revision,
+    Samples,
+    Seed,
+    Settings,
+    Size,
+    Target,
+    Text,
+    Threads,
+    Trust,
+)
+from tersely.errors import RecipeError, unknown
+
+
+@app.command("list", rich_help_panel=LOOK)
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """Every method, allocator and kind: name, paper, what it needs, options."""
+    from tersely.catalogue import catalogue, catalogue_text
+
+    sys.stdout.write((json.dumps(catalogue(), indent=1) if as_json else catalogue_text()) + "\n")
+
+
+@app.command(rich_help_panel=LOOK)
+def plan(
+    model: Model,
+    method: Method = "svd_llm",
+    keep: Keep = None,
+    bits: Bits = None,
+    size: Size = None,
+    target: Target = None,
+    calibrate: Calibrate = None,
+    samples: Samples = None,
+    length: Length = None,
+    settings: Settings = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """From headers only: sizes, which weights would be touched, memory, disk, time.  Runs nothing."""
+    from tersely.estimate import estimate, estimate_table
+
+    use_threads(threads)
+    if keep is None and bits is None and size is None:
+        keep = 0.8
+    asked = Asked(
+        model=model,
+        step={"method": method, "keep": keep, "bits": bits, "size": size, "target": target},
+        settings=settings,
+        calibration={"source": calibrate, "samples": samples, "length": length},
+        evaluate=None,
+        top={"device": device, "dtype": dtype, "revision": revision},
+        trust_remote_code=trust_remote_code,
+    )
+    console.print(estimate_table(estimate(asked.recipe())))
+
+
+@app.command(rich_help_panel=LOOK)
+def diagnose(
+    model: Model,
+    what: Annotated[list[str] | None, typer.Option(help="Which diagnoses; default: all.", metavar="NAME…")] = None,
+    text: Text = None,
+    samples: Samples = None,
+    length: Length = None,
+    json_file: Json = None,
+    seed: Seed = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Spectra, outliers, attention dynamics: what a model is like before anything is done to it."""
+    from tersely.diagnose import DIAGNOSES
+    from tersely.diagnose import diagnose as run
+    from tersely.journal import commit_text
+    from tersely.report.console import rows_table
+
+    use_threads(threads)
+    asked = what or list(DIAGNOSES)
+    for name in asked:
+        if name not in DIAGNOSES:
+            raise RecipeError(unknown("diagnosis", name, DIAGNOSES))
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise RecipeError(f"--json {json_file}: no such folder; make it first")
+    with working():
+        found = run(model, asked, text or ["stdlib"], samples or 16, length, seed or 0, device or "cpu")
+    if json_file is not None:
+        commit_text(json_file, json.dumps(found, indent=1) + "\n")
+    for name, rows in found.items():
+        console.print(rows_table(name, rows))

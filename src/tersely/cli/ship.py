@@ -1,0 +1,37 @@
+"""Commands that ship: generate, export."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from tersely.cli.application import SHIP, app, use_threads
+from tersely.cli.flags import Device, Dtype, Model, Revision, Seed, Threads, Trust
+
+
+@app.command(rich_help_panel=SHIP)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Continue a text, streaming."""
+    from tersely.checkpoint import locate, read_tokenizer
+    from tersely.generate import stream
+    from tersely.pipeline import load
+
+    use_threads(threads)
+    folder = locate(model, revision)
+    opened = load(folder, dtype=dtype or "auto", device=device or "cpu", trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(folder, trust_remote_code=trust_remote_code)
+    for piece in stream(opened, tokenizer, prompt, tokens, temperature, seed or 0):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

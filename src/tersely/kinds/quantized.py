@@ -1,0 +1,193 @@
+"""A weight as small integers with a scale, and perhaps a zero point, for every row and group of columns.
+
+    W'[i, j] = (code[i, j] - zero[i, j // group]) · scale[i, j // group]
+
+`codes` and `zeros` lie packed, `bits` bits each (`linalg.packing`); `scales` are floats of 16 bits, or 32, kept as the
+integers that have the same bits, times one power of two, `exponent` (`linalg.grid`).  Everything but the bias is
+integers on purpose: ``model.half()``, ``.to(torch.bfloat16)`` and ``from_pretrained(dtype=…)`` cast whatever floats,
+and would round the scales a second time.  The weight is therefore the same number for number in any dtype, until the
+product rounds it to the dtype of its input.
+
+Bytes:  out · ⌈in · bits / 8⌉  for codes,  2 · out · groups  for scales in 16 bits,  out · ⌈groups · bits / 8⌉  for zero
+points where there are some.
+
+The input may be rounded too, to a fixed symmetric grid:  x' = round(clip(x / a, ±1) · n) · a / n,  n = 2^(bits-1) - 1.
+This imitates integer arithmetic in floats; gradients pass where the input was not clipped.
+
+A further scale per row or column would be a further key of the spec and a further buffer, both absent where there is
+none.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tersely.errors import CheckpointError
+from tersely.kinds.base import LinearKind, Spec
+from tersely.linalg.grid import SCALE_FORMATS, Grid, ScaleFormat, Scales, group_count
+from tersely.linalg.packing import WIDEST, pack, packed_bytes, unpack
+
+INPUT_BITS = range(2, 17)
+
+
+class QuantizedLinear(LinearKind):
+    """W' = (codes - zeros) · scales, group by group."""
+
+    name = "quantized"
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bound: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        *,
+        group: int = 0,
+        zeros: bool = True,
+        scale: ScaleFormat = "float16",
+        exponent: int = 0,
+        input_bits: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        self.bits = bits
+        self.group = group
+        self.scale = scale
+        self.exponent = exponent
+        self.input_bits = input_bits
+        groups = group_count(in_features, group)
+        packed = torch.empty(out_features, packed_bytes(in_features, bits), dtype=torch.uint8)
+        self.register_buffer("codes", packed)
+        self.register_buffer("scales", torch.empty(out_features, groups, dtype=SCALE_FORMATS[scale][1]))
+        packed = torch.empty(out_features, packed_bytes(groups, bits), dtype=torch.uint8)
+        self.register_buffer("zeros", packed if zeros else None)
+        self.register_buffer("bound", None if input_bits is None else torch.empty((), dtype=torch.int32))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    @classmethod
+    def from_codes(cls, codes: UInt8[Tensor, "out in"], grid: Grid, dtype: torch.dtype) -> Self:
+        """A module holding the packed codes on `grid`; `dtype` is that of the weight it replaces, for a bias."""
+        out_features, in_features = codes.shape
+        raw = grid.scales.raw
+        if raw.shape != (out_features, group_count(in_features, grid.group)):
+            raise ValueError(f"scales {tuple(raw.shape)} for codes {tuple(codes.shape)} in groups of {grid.group}")
+        with torch.device("meta"):
+            module = cls(
+                in_features,
+                out_features,
+                grid.bits,
+                group=grid.group,
+                zeros=grid.zero is not None,
+                scale=grid.scales.format,
+                exponent=grid.scales.exponent,
+            )
+        module.weight = torch.empty(0, dtype=dtype, device=codes.device)
+        module.codes = pack(codes, grid.bits)
+        module.scales = raw.clone()
+        module.zeros = None if grid.zero is None else pack(grid.zero, grid.bits)
+        return module
+
+    def set_bias(self, bias: Float[Tensor, " out"]) -> None:
+        self.bias = nn.Parameter(bias.detach().to(self.weight, copy=True))
+
+    def round_input(self, bits: int, bound: float) -> None:
+        """From now on round the input to the symmetric grid of so many bits from -`bound` to `bound`."""
+        if bits not in INPUT_BITS or not 0 < bound < float("inf"):
+            raise ValueError(f"an input of {bits} bits up to {bound}; wanted 2 to 16 bits and a positive bound")
+        self.input_bits = bits
+        self.bound = torch.tensor(bound, dtype=torch.float32, device=self.codes.device).view(torch.int32)
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if self.input_bits is not None and self.bound is not None:
+            x = rounded(x, self.input_bits, self.bound.view(torch.float32))
+        return functional.linear(x, self.to_dense().to(x.dtype), self.bias)
+
+    def grid(self) -> Grid:
+        """The levels, unpacked."""
+        groups = group_count(self.in_features, self.group)
+        zero = None if self.zeros is None else unpack(self.zeros, self.bits, groups)
+        return Grid(self.bits, self.group, Scales(self.scales, self.scale, self.exponent), zero)
+
+    def unpacked(self) -> UInt8[Tensor, "out in"]:
+        """The codes, one a byte."""
+        return unpack(self.codes, self.bits, self.in_features)
+
+    def to_dense(self) -> Float[Tensor, "out in"]:
+        return self.grid().levels(self.unpacked())
+
+    def spec(self) -> Spec:
+        return {
+            "kind": self.name,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.bits,
+            "group": self.group,
+            "zeros": self.zeros is not None,
+            "scale": self.scale,
+            "exponent": self.exponent,
+            "input": None if self.input_bits is None else {"bits": self.input_bits},
+            "bias": self.bias is not None,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> Self:
+        _check(spec, "bits", lambda bits: bits in range(1, WIDEST + 1), f"1 to {WIDEST}")
+        _check(spec, "group", lambda group: group >= 0, "0 for whole rows, or the columns of a group")
+        _check(spec, "scale", lambda scale: scale in SCALE_FORMATS, " or ".join(SCALE_FORMATS))
+        return cls(
+            spec["in_features"],
+            spec["out_features"],
+            spec["bits"],
+            group=spec["group"],
+            zeros=spec["zeros"],
+            scale=spec["scale"],
+            exponent=spec["exponent"],
+            input_bits=spec["input"]["bits"] if spec["input"] else None,
+            bias=spec["bias"],
+        )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, group={self.group}"
+
+
+def quantized_bytes(
+    shape: tuple[int, int], bits: int, group: int, *, zeros: bool, scale: ScaleFormat = "float16"
+) -> int:
+    """Bytes of a weight of `shape` (out, in) as this kind."""
+    rows, columns = shape
+    groups = group_count(columns, group)
+    of_scales = groups * SCALE_FORMATS[scale][1].itemsize
+    return rows * (packed_bytes(columns, bits) + of_scales + (packed_bytes(groups, bits) if zeros else 0))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Round; backwards as if nothing had happened."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def rounded(x: Float[Tensor, "*batch in"], bits: int, bound: Float[Tensor, ""]) -> Float[Tensor, "*batch in"]:
+    """The input on its grid, computed in float32 or better and handed on in the dtype it came in."""
+    levels = 2 ** (bits - 1) - 1
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    whole: Tensor = _StraightThrough.apply((wide / bound).clamp(-1, 1) * levels)
+    return (whole * (bound / levels)).to(x.dtype)
+
+
+def _check(spec: Spec, key: str, holds: Callable[[Any], bool], wanted: str) -> None:
+    if not holds(spec[key]):
+        raise CheckpointError(f"{key} {spec[key]!r} of a quantized module; wanted {wanted}")

@@ -1,0 +1,137 @@
+"""GPTQ: round column by column, and let the columns that are still to come make up for the error.
+
+Minimises  tr((W - W') G (W - W')ᵀ),  G = E[x xᵀ], greedily: with G + λI inverted and factorised as Uᵀ U, column i is
+rounded to its nearest level, e = (w_i - w'_i) / U_ii, and every later column j moves by -e U_ij (`linalg.hessian`).
+The error is exact and comes with the sweep, so `options` runs it for every width.
+
+Differences from the authors' code: the grids of all groups are fitted to the given weight beforehand ("static groups"),
+in whichever order columns are taken, so that the order leaves no trace in the result, and the size of blocks neither;
+scales are stored first and codes chosen on the stored ones.  Inputs that were silent throughout get weight zero, as
+theirs do, but the value that replaces their diagonal entry is the mean power, not 1, so that the result does not depend
+on the scale of the activations.  If every input was silent, nothing is known of any: all directions count alike, which
+is rounding to nearest.  If G + λI has no Cholesky factor, λ grows tenfold with a warning, to the mean power at most;
+beyond that it is an error.  There is no other way back to rounding to nearest.
+
+Source: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2022,
+section 3 (arXiv 2210.17323).
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from tersely.errors import NumericalError, RecipeError
+from tersely.kinds.quantized import QuantizedLinear
+from tersely.linalg.grid import Form, Grid, fit_grid, group_size, nearest_codes, wide
+from tersely.linalg.hessian import Feedback, feedback, sweep
+from tersely.methods.quantize.widths import check_grid, width_of, width_sizes
+from tersely.option import Option
+from tersely.stats import Gram, Statistic, Stats
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    group: int = 64
+    """Neighbouring columns that share a scale; 0 for all of a row.  A smaller one is better and takes more bytes."""
+
+    grid: Form = "asymmetric"
+    """Levels of a group: "asymmetric" from its least to its largest weight, with a zero point; "symmetric" around zero;
+    "symmetric_full" likewise, using the lowest level and clipping the largest weight by half a step."""
+
+    width: int | None = None
+    """Bits of a code, 1 to 8; None offers 2, 3, 4 and 8."""
+
+    damping: float = 0.01
+    """λ, added to the diagonal of the Gram matrix, as a fraction of the mean input power (no unit)."""
+
+    act_order: bool = True
+    """Take the columns by falling power of their inputs, rather than from left to right."""
+
+    shrink: bool = False
+    """Search for the range of each group that rounds best, instead of spanning all of it; pays at 2 and 3 bits."""
+
+    block: int = 128
+    """Columns between two products with the rest; changes the time, not the result."""
+
+    paper: ClassVar[str] = (
+        "Frantar et al., 2022, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers "
+        "(arXiv 2210.17323)"
+    )
+    summary: ClassVar[str] = "rounding with error feedback in the metric of the inputs"
+    leaves: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_grid("gptq", self.group, self.grid, self.width)
+        if not 0 <= self.damping < math.inf:
+            raise RecipeError(f"gptq: damping {self.damping}; wanted 0 or more, a fraction of the mean input power")
+        if self.block < 1:
+            raise RecipeError(f"gptq: block {self.block}; wanted 1 column or more, 128 is usual")
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return (Gram,)
+
+    def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
+        return width_sizes(shape, self.group, self.grid, self.width)
+
+    def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
+        """Errors are exact, tr((W - W') G (W - W')ᵀ) of the W' that `compress` will make."""
+        whole, *sizes = self.sizes((weight.shape[0], weight.shape[1]), weight.element_size())
+        gram = self._gram(stats)
+        spread = self._spread(gram)
+        dense = wide(weight).double()
+        energy = ((dense @ gram) * dense).sum().item()
+        lost = (self._rounded(weight, spread, width_of(size.amount, self.grid, self.width))[2] for size in sizes)
+        return [replace(whole, error=energy), *(replace(size, error=e) for size, e in zip(sizes, lost, strict=True))]
+
+    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> QuantizedLinear:
+        bits = width_of(amount, self.grid, self.width)
+        codes, grid, _ = self._rounded(weight, self._spread(self._gram(stats)), bits)
+        return QuantizedLinear.from_codes(codes, grid, weight.dtype)
+
+    def _gram(self, stats: Stats) -> Float[Tensor, "in in"]:
+        gram = stats[Gram].mean()
+        if gram.diagonal().any():
+            return gram
+        return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+    def _spread(self, gram: Float[Tensor, "in in"]) -> Feedback:
+        spread = feedback(gram, damping=self.damping, loudest_first=self.act_order)
+        if spread.damping > self.damping:
+            logger.warning(
+                "gptq: a Gram matrix is not positive definite with damping %g; took %g", self.damping, spread.damping
+            )
+        return spread
+
+    def _rounded(
+        self, weight: Float[Tensor, "out in"], spread: Feedback, bits: int
+    ) -> tuple[UInt8[Tensor, "out in"], Grid, float]:
+        """Codes, their grid, and the error."""
+        weight = wide(weight).masked_fill(spread.dead, 0.0)
+        grid = fit_grid(weight, bits, self.group, self.grid, shrink=self.shrink)
+        scales = grid.scales.values().to(weight.dtype).T.contiguous()
+        zeros = grid.zeros(weight.dtype).T.contiguous()
+        columns, size = spread.order.tolist(), group_size(weight.shape[1], self.group)
+        codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
+
+        def decide(place: int, left: Tensor) -> Tensor:
+            column = columns[place]
+            scale, zero = scales[column // size], zeros[column // size]
+            code = nearest_codes(left[0], scale, zero, grid.top)
+            codes[column] = code
+            return code.sub_(zero).mul_(scale)
+
+        errors = sweep(weight, spread, decide, block=self.block)
+        codes = codes.T.contiguous()
+        lost = spread.loss(errors, weight - grid.levels(codes))
+        if not math.isfinite(lost):
+            raise NumericalError("gptq: the error feedback diverged; give a larger damping")
+        return codes, grid, lost

@@ -1,0 +1,82 @@
+"""What the model will consist of after each step of a recipe, as far as names tell.
+
+A recipe is checked as a whole before anything is done: a step that finds no target, because there is none or because a
+step before it has left nothing there to compress, must not be noticed after hours of work on the steps before it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from tersely.anatomy import Anatomy, Site
+from tersely.checkpoint import Source
+from tersely.errors import AnatomyError, RecipeError
+from tersely.methods import METHODS
+from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
+from tersely.tables import build_allocator
+
+
+class Outlook:
+    """The anatomy, carried from step to step.  Names and roles are those to come; shapes are not known."""
+
+    def __init__(self, anatomy: Anatomy, source: Source) -> None:
+        self._anatomy = anatomy
+        self._source = source
+        self._used: dict[str, str] = {}
+        """Site → what left nothing of it."""
+
+    def check(self, number: int, step: Step, built: Any) -> None:
+        """Raises AnatomyError or RecipeError for a step that will not find what it needs."""
+        try:
+            self._check(step, built)
+        except AnatomyError as error:
+            raise AnatomyError(f"step {number} ({step.name}): {error}{self._reason(step)}") from error
+
+    def _check(self, step: Step, built: Any) -> None:
+        if isinstance(step, RewriteStep):
+            built.check(self._anatomy, self._source.config)
+        elif isinstance(step, TrainStep):
+            self._anatomy.select_places(step.target)
+        elif isinstance(step, ConvertStep):
+            for unit in self._anatomy.select_units(["attention"], built.roles):
+                built.check(unit)
+        elif isinstance(step, CacheStep):
+            build_allocator(step.allocate)
+            for unit in self._anatomy.select_units(["attention"], built.roles):
+                built.check(unit)
+                self._replace([unit.sites["k"], unit.sites["v"]], ("down", "up"), step.name)
+        else:
+            self._check_method(step, built)
+
+    def _check_method(self, step: MethodStep, built: Any) -> None:
+        build_allocator(step.allocate)
+        if step.base is not None and step.method not in METHODS:
+            raise RecipeError(f"step {step.name!r}: a base goes with methods on single linears")
+        if step.method in METHODS:
+            self._replace(self._anatomy.select(step.target), built.leaves, step.name)
+            return
+        units = self._anatomy.select_units(step.target, built.roles)
+        for unit in units:
+            built.check(unit)
+        self._replace([site for unit in units for site in unit.sites.values()], ("dense",), step.name)
+
+    def _replace(self, sites: "tuple[Site, ...] | list[Site]", leaves: tuple[str, ...], name: str) -> None:
+        chosen = {site.name for site in sites}
+        if not leaves:
+            self._used |= dict.fromkeys(chosen, name)
+
+        def after() -> Iterator[Site]:
+            for site in self._anatomy.sites:
+                if site.name not in chosen:
+                    yield site
+                for leaf in leaves if site.name in chosen else ():
+                    yield replace(site, name=f"{site.name}.{leaf}", role=f"{site.role}.{leaf}")
+
+        kept = tuple(u for u in self._anatomy.units if all(s.name not in chosen for s in u.sites.values()))
+        self._anatomy = replace(self._anatomy, sites=tuple(after()), units=kept)
+
+    def _reason(self, step: Step) -> str:
+        if not self._used or not isinstance(step, MethodStep):
+            return ""
+        by = ", ".join(dict.fromkeys(self._used.values()))
+        return f"; of {len(self._used)} linears an earlier step ({by}) leaves nothing that could be compressed again"

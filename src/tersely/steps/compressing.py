@@ -1,0 +1,186 @@
+"""Steps with a budget: methods on linears, on units, and caches.  The work is that of the sweeps."""
+
+import json
+from collections.abc import Sequence
+from fractions import Fraction
+
+from tersely.allocate import Curve
+from tersely.anatomy import Anatomy, Unit
+from tersely.cache import CACHES
+from tersely.calibrate import StatisticsStore
+from tersely.checkpoint import Edit, Source, State, carried_files, locate, open_source
+from tersely.convert import AttentionSettings, attention_settings, norm_tensors
+from tersely.deltas.folder import check_pair
+from tersely.errors import RecipeError
+from tersely.methods import METHODS
+from tersely.recipe import CacheStep, MethodStep
+from tersely.report.rows import Row, SiteRow
+from tersely.steps.scene import Done, Scene
+from tersely.sweeps import Job, Outcome, compress, forced, size_curves
+from tersely.tables import build, build_allocator
+from tersely.targets import CacheTarget, SiteTarget, Target, UnitTarget
+
+# What a folder holds beside the weights, for budgets of the whole folder: headers, manifest and reports, from above.
+OVERHEAD, OVERHEAD_PER_SITE = 60_000, 2_000
+
+
+def run(step: MethodStep | CacheStep, scene: Scene) -> Done:
+    base = base_of(step, scene.source)
+    targets = targets_of(step, scene.anatomy, scene.source, base)
+    job = Job(
+        source=scene.source,
+        anatomy=scene.anatomy,
+        targets=targets,
+        allocator=build_allocator(step.allocate),
+        budget=budget_bytes(step, targets, scene.source),
+        propagate=step.propagate,
+        on_failure=step.on_failure,
+        windows=scene.windows,
+        device=scene.device,
+        journal=scene.journal,
+        store=_store(step, targets, scene),
+        progress=scene.progress,
+    )
+    outcome = compress(job)
+    return Done(
+        edit=Edit(replaced=outcome.replaced),
+        touched=tuple(dict.fromkeys(site.name for target in targets for site in target.sites)),
+        rows=_rows(job, outcome, scene.number, step.name),
+        plan=json.loads(outcome.plan.to_json()),
+        degraded=outcome.degraded,
+        seconds=outcome.seconds,
+        sizes=[_per_token(job, outcome)] if isinstance(step, CacheStep) else [],
+        base=base,
+    )
+
+
+def base_of(step: MethodStep | CacheStep, source: Source) -> Source | None:
+    """The other checkpoint of a step on differences.  Raises CheckpointError unless it is of the same architecture."""
+    if not isinstance(step, MethodStep) or step.base is None:
+        return None
+    base = open_source(locate(step.base), dtype=str(source.dtype).removeprefix("torch."))
+    check_pair(source, base)
+    return base
+
+
+def targets_of(
+    step: MethodStep | CacheStep, anatomy: Anatomy, source: Source, base: Source | None = None
+) -> tuple[Target, ...]:
+    """What a step acts on.  Raises AnatomyError where there is nothing, or something that the method cannot treat."""
+    built = build(step)
+    if isinstance(step, CacheStep):
+        skeleton = source.skeleton()
+        units = anatomy.select_units(["attention"], CACHES[step.cache].roles)
+        settings = {unit.name: attention_settings(skeleton, unit) for unit in units}
+        for unit in units:
+            built.check(unit)
+        return tuple(
+            CacheTarget(unit, built, settings[unit.name], _norms(unit, settings[unit.name], source)) for unit in units
+        )
+    if step.method in METHODS:
+        sites = anatomy.select(step.target)
+        bases = {} if base is None else {s.name: base.tensor(f"{s.name}.weight") for s in sites}
+        turned = {s.name: bases[s.name].T if s.transposed else bases[s.name] for s in sites if s.name in bases}
+        return tuple(SiteTarget(site, built, turned.get(site.name)) for site in sites)
+    units = anatomy.select_units(step.target, built.roles)
+    for unit in units:
+        built.check(unit)
+    return tuple(UnitTarget(unit, built) for unit in units)
+
+
+def _norms(unit: Unit, attention: AttentionSettings, source: Source) -> State:
+    """The gains of the norms of heads; empty where only headers are known."""
+    if source.is_outline:
+        return {}
+    return {name: source.tensor(stored) for name, stored in norm_tensors(unit, attention).items()}
+
+
+def budget_bytes(step: MethodStep | CacheStep, targets: Sequence[Target], source: Source) -> int | None:
+    """Bytes that the targets may take (of a cache: per token); None where the method leaves no choice.
+
+    Raises RecipeError for a budget below the smallest that the method can do, and where the asked size leaves nothing.
+    """
+    itemsize = source.dtype.itemsize
+    curves = size_curves(targets, itemsize)
+    if isinstance(step, MethodStep) and not step.has_budget:
+        forced(curves)
+        return None
+    budget = _asked_bytes(step, targets, source)
+    if not build_allocator(step.allocate).needs_errors:
+        build_allocator(step.allocate).divide(curves, budget)
+    _check_smallest(step.name, curves, budget)
+    return budget
+
+
+def _asked_bytes(step: MethodStep | CacheStep, targets: Sequence[Target], source: Source) -> int:
+    dense = sum(target.dense_bytes(source.dtype.itemsize) for target in targets)
+    if step.keep is not None:
+        return int(Fraction(str(step.keep)) * dense)  # 0.8 of 10 bytes is 8, though 0.8 in binary is not
+    assert isinstance(step, MethodStep)  # only these have other budgets
+    if step.bits is not None:
+        weights = sum(target.elements for target in targets)
+        budget = int(Fraction(str(step.bits)) * weights / 8)
+        if budget >= dense:
+            now = f"the targets take {8 * dense / weights:g} bits per weight now"
+            raise RecipeError(f"bits {step.bits}: {now}; ask for less")
+        return budget
+    beside = source.nbytes() - dense + sum(path.stat().st_size for path in carried_files(source.carried_from))
+    beside += OVERHEAD + OVERHEAD_PER_SITE * sum(len(target.sites) for target in targets)
+    left = (step.size_bytes or 0) - beside
+    if left <= 0:
+        raise RecipeError(f"size {step.size}: everything but the targets takes {beside} bytes already; ask for more")
+    return min(left, dense)
+
+
+def _check_smallest(name: str, curves: Sequence[Curve], budget: int) -> None:
+    smallest = sum(curve.options[0].nbytes for curve in curves)
+    if smallest > budget:
+        dense = sum(curve.dense_bytes for curve in curves)
+        raise RecipeError(
+            f"step {name!r}: a budget of {budget} bytes for the targets, whose smallest form takes {smallest}; "
+            f"keep at least {smallest / dense:.4f}"
+        )
+
+
+def spills(step: MethodStep | CacheStep, targets: Sequence[Target]) -> bool:
+    """Whether statistics of the dense model go to disk: observed in sweep 1, they are read again in sweep 2."""
+    needed = any(target.needs for target in targets)
+    return step.propagate == "none" and needed and build_allocator(step.allocate).needs_errors
+
+
+def _store(step: MethodStep | CacheStep, targets: Sequence[Target], scene: Scene) -> StatisticsStore | None:
+    shared = scene.statistics is not None
+    if scene.windows is None or not (shared or spills(step, targets)):
+        return None
+    return StatisticsStore(scene.statistics or scene.journal.folder, scene.measured_on(), shared=shared)
+
+
+def _per_token(job: Job, outcome: Outcome) -> Row:
+    dense = sum(choice.dense_bytes for choice in outcome.plan.choices.values())
+    saved = [outcome.plan.choices[name] for name in outcome.done]
+    now = dense - sum(choice.dense_bytes - choice.nbytes for choice in saved)
+    return Row("cache per token", now, "bytes", "keys and values that one token leaves, all blocks", dense)
+
+
+def _rows(job: Job, outcome: Outcome, number: int, method: str) -> list[SiteRow]:
+    rows = []
+    for target in job.targets:
+        choice = outcome.plan.choices[target.name]
+        done = target.name in outcome.done
+        single = target.sites[0] if len(target.sites) == 1 else None
+        rows.append(
+            SiteRow(
+                name=target.name,
+                role=target.role,
+                out_features=single.out_features if single else None,
+                in_features=single.in_features if single else None,
+                step=number,
+                method=method,
+                amount=choice.amount if done else None,
+                nbytes=choice.nbytes if done else choice.dense_bytes,
+                dense_bytes=choice.dense_bytes,
+                predicted_error=choice.relative_error if done else 0.0,
+                measured_error=outcome.errors[target.name],
+            )
+        )
+    return rows

@@ -1,0 +1,61 @@
+"""Steps that change weights and not the function: block by block, each block a unit of the journal."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from tersely.calibrate import Blocks, Replay, watch_list
+from tersely.checkpoint import Edit, State
+from tersely.errors import RecipeError
+from tersely.recipe import RewriteStep
+from tersely.rewrite import Rewrite
+from tersely.stats import Stats
+from tersely.steps.scene import Done, Scene
+from tersely.tables import build
+
+
+def run(step: RewriteStep, scene: Scene) -> Done:
+    """Statistics are those of the model as it came: what a rewrite does to a block changes no later input."""
+    rewrite: Rewrite = build(step)
+    rewrite.check(scene.anatomy, scene.source.config)
+    begun = time.perf_counter()
+    changed: State = dict(_unit(scene, "outside", lambda: rewrite.outside(scene.anatomy, _outside(scene))))
+    replay = None
+    count = len(scene.anatomy.blocks)
+    blocks = Blocks(scene.source, scene.anatomy, scene.device)
+    for index in range(count):
+        unit = f"blocks/{index:04}"
+        if rewrite.needs and not scene.journal.has(f"{unit}.safetensors"):
+            if scene.windows is None:
+                raise RecipeError(f"step {step.name!r} needs calibration text")
+            replay = replay or Replay(scene.source, scene.anatomy, scene.windows, scene.device)
+            while replay.at < index:
+                replay.observe(blocks.dense(replay.at), {}, advance=True)
+            watched = watch_list(scene.anatomy, index, scene.anatomy.sites, rewrite.needs, scene.device)
+            replay.observe(blocks.dense(index), watched, advance=True)
+            stats = {key: of_input for key, (_, of_input) in watched.items()}
+        else:
+            stats = {}
+        changed |= _unit(scene, unit, lambda i=index, s=stats: _block(rewrite, scene, i, s))  # type: ignore[misc]
+        scene.progress("rewriting", index + 1, count)
+    settings = rewrite.settings(scene.anatomy)
+    return Done(Edit(changed=changed, settings=settings), (), seconds={"rewrite": time.perf_counter() - begun})
+
+
+def _unit(scene: Scene, name: str, make: Callable[[], Mapping[str, Tensor]]) -> State:
+    """Tensors from the journal, made first if they are not there yet; mapped from disk, so memory holds one block."""
+    if not scene.journal.has(f"{name}.safetensors"):
+        scene.journal.write_tensors(f"{name}.safetensors", make())
+    return scene.journal.read_tensors(f"{name}.safetensors")
+
+
+def _outside(scene: Scene) -> State:
+    inside = tuple(f"{block}." for block in scene.anatomy.blocks)
+    return {name: scene.source.tensor(name) for name in scene.source.stored if not name.startswith(inside)}
+
+
+def _block(rewrite: Rewrite, scene: Scene, index: int, stats: Mapping[str, Stats]) -> State:
+    prefix = f"{scene.anatomy.blocks[index]}."
+    state = {name: scene.source.tensor(name) for name in scene.source.stored if name.startswith(prefix)}
+    return rewrite.block(scene.anatomy, index, state, stats)

@@ -1,0 +1,243 @@
+"""What one step of compression acts on: a linear, a unit of linears, an attention with its cache.
+
+The sweeps know nothing of methods and their shapes; they see targets.  A target knows the sites it reads, what it costs
+now, what could become of it, and how to do that.  All names are full paths in the model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from tersely.anatomy import Site, Unit
+from tersely.cache import CacheMethod, dense_bytes_per_token
+from tersely.kinds import Kind, LinearKind, SumLinear
+from tersely.kinds.attention import AttentionSettings
+from tersely.methods import Method, UnitMethod
+from tersely.option import Amount, Option
+from tersely.stats import Gram, Statistic, Stats
+
+Weights = Mapping[str, Tensor]
+
+
+class Target(ABC):
+    """Something that is replaced at once.
+
+    `weights` are [out, in] and `biases` [out] by the name of the site, `stats` by the input (`Site.reads`).
+    """
+
+    name: str
+    role: str
+    block: int
+    sites: tuple[Site, ...]
+    """The linears whose weights and inputs it looks at, in order of execution."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> tuple[type[Statistic], ...]: ...
+
+    @abstractmethod
+    def dense_bytes(self, itemsize: int) -> int:
+        """What the budget counts, as it is now."""
+
+    @abstractmethod
+    def sizes(self, itemsize: int) -> Sequence[Option]: ...
+
+    @abstractmethod
+    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]: ...
+
+    @abstractmethod
+    def compress(
+        self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
+    ) -> dict[str, Kind]:
+        """The modules to put in place, by their full names, with their biases."""
+
+    def error(self, weights: Weights, made: Mapping[str, Kind], stats: Mapping[str, Stats]) -> float | None:
+        """Share of the output energy that was really lost, rounding included; None where that is not known."""
+        return None
+
+    @property
+    def elements(self) -> int:
+        """Weights that the sites consist of."""
+        return sum(site.out_features * site.in_features for site in self.sites)
+
+
+@dataclass(frozen=True)
+class SiteTarget(Target):
+    """One linear; with a `base`, its difference to that weight of another checkpoint."""
+
+    site: Site
+    method: Method
+    base: Tensor | None = field(default=None, compare=False)
+    """[out, in]; the linear then becomes this weight, plus a compressed update."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.site.name
+
+    @property
+    def role(self) -> str:  # type: ignore[override]
+        return self.site.role
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.site.block
+
+    @property
+    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
+        return (self.site,)
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return self.method.needs
+
+    def dense_bytes(self, itemsize: int) -> int:
+        return self.elements * itemsize
+
+    def sizes(self, itemsize: int) -> Sequence[Option]:
+        return self.method.sizes((self.site.out_features, self.site.in_features), itemsize)
+
+    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
+        return self.method.options(self._weight(weights), stats.get(self.site.reads, Stats()))
+
+    def compress(
+        self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
+    ) -> dict[str, Kind]:
+        kind = self.method.compress(self._weight(weights), stats.get(self.site.reads, Stats()), amount)
+        if self.base is not None:
+            kind = SumLinear.of([_linear(self.base), kind])
+        if self.name in biases:
+            kind.set_bias(biases[self.name])
+        return {self.name: kind}
+
+    def error(self, weights: Weights, made: Mapping[str, Kind], stats: Mapping[str, Stats]) -> float | None:
+        """tr(Δ G Δᵀ) / tr(W G Wᵀ) on the inputs that the site was fitted to."""
+        observed, kind = stats.get(self.site.reads, Stats()), made[self.name]
+        if Gram not in observed or not isinstance(kind, LinearKind):
+            return None
+        gram = observed[Gram].mean()
+        weight = self._weight(weights).double()
+        stands_for = kind.to_dense().double()
+        difference = weight - (stands_for if self.base is None else stands_for - self.base.double())
+        energy = ((weight @ gram) * weight).sum().item()
+        return ((difference @ gram) * difference).sum().item() / energy if energy > 0 else 0.0
+
+    def _weight(self, weights: Weights) -> Tensor:
+        weight = weights[self.name]
+        # in float32 at least: the difference of two checkpoints is small beside what bfloat16 rounds away
+        return weight if self.base is None else weight.float() - self.base.float()
+
+
+@dataclass(frozen=True)
+class UnitTarget(Target):
+    """The attention or the MLP of a block."""
+
+    unit: Unit
+    method: UnitMethod
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.unit.name
+
+    @property
+    def role(self) -> str:  # type: ignore[override]
+        return self.unit.role
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.unit.block
+
+    @property
+    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
+        return tuple(self.unit.sites.values())
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return self.method.needs
+
+    def dense_bytes(self, itemsize: int) -> int:
+        return self.elements * itemsize
+
+    def sizes(self, itemsize: int) -> Sequence[Option]:
+        return self.method.sizes(self.unit, itemsize)
+
+    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
+        return self.method.options(self.unit, by_role(self.unit, weights), read_by_role(self.unit, stats))
+
+    def compress(
+        self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
+    ) -> dict[str, Kind]:
+        of_role = by_role(self.unit, weights), by_role(self.unit, biases), read_by_role(self.unit, stats)
+        made = self.method.compress(self.unit, *of_role, amount)
+        return {self.unit.sites[role].name: kind for role, kind in made.items()}
+
+
+def by_role(unit: Unit, tensors: Weights) -> dict[str, Tensor]:
+    """Tensors of the unit's sites by the last word of their roles, as far as there are any."""
+    return {role: tensors[site.name] for role, site in unit.sites.items() if site.name in tensors}
+
+
+def read_by_role(unit: Unit, stats: Mapping[str, Stats]) -> dict[str, Stats]:
+    return {role: stats.get(site.reads, Stats()) for role, site in unit.sites.items()}
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.detach().contiguous())
+    return linear
+
+
+@dataclass(frozen=True)
+class CacheTarget(Target):
+    """The keys and values that the attention of a block leaves behind; bytes are those of one token."""
+
+    unit: Unit
+    method: CacheMethod
+    attention: AttentionSettings
+    norms: Mapping[str, Tensor] = field(compare=False)
+    """Gains of the norms of heads, where there are any."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.unit.module
+
+    @property
+    def role(self) -> str:  # type: ignore[override]
+        return "cache"
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.unit.block
+
+    @property
+    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
+        return tuple(self.unit.sites.values())
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return self.method.needs
+
+    def dense_bytes(self, itemsize: int) -> int:
+        return dense_bytes_per_token(self.unit, itemsize)
+
+    def sizes(self, itemsize: int) -> Sequence[Option]:
+        return self.method.sizes(self.unit, itemsize)
+
+    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
+        return self.method.options(self.unit, by_role(self.unit, weights), read_by_role(self.unit, stats))
+
+    def compress(
+        self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
+    ) -> dict[str, Kind]:
+        made = self.method.compress(
+            self.unit,
+            by_role(self.unit, weights) | dict(self.norms),
+            by_role(self.unit, biases),
+            read_by_role(self.unit, stats),
+            amount,
+            self.attention,
+        )
+        return {f"{self.unit.module}.{path}" if path else self.unit.module: kind for path, kind in made.items()}

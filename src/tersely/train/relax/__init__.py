@@ -1,0 +1,14 @@
+"""The relaxations, by their names in recipes."""
+
+from tersely.train.relax.adapter import Adapter
+from tersely.train.relax.base import GROUPS, Relaxation, Relaxed
+from tersely.train.relax.full import Full
+from tersely.train.relax.kasa import KnowledgeAdapter
+
+RELAXATIONS: dict[str, type[Relaxation]] = {
+    "adapter": Adapter,
+    "full": Full,
+    "kasa": KnowledgeAdapter,
+}
+
+__all__ = ["GROUPS", "RELAXATIONS", "Relaxation", "Relaxed"]

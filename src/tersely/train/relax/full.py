@@ -1,0 +1,65 @@
+"""The linear's own weight trains: ordinary fine-tuning of chosen linears.
+
+The numbers are held in float32 or better and cast to the dtype of the input in every forward pass: steps of Adam are
+smaller than a bfloat16 can resolve.  It hardens into what stood there before, rounded once to the old dtype.
+
+Source: Howard and Ruder, Universal Language Model Fine-tuning for Text Classification, 2018 (arXiv 1801.06146).
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tersely.errors import RecipeError
+from tersely.stats import Statistic, Stats
+from tersely.train.relax.adapter import master, shape_of
+from tersely.train.relax.base import Relaxed
+
+
+@dataclass(frozen=True)
+class Full:
+    paper: ClassVar[str] = (
+        "Howard and Ruder, 2018, Universal Language Model Fine-tuning for Text Classification (arXiv 1801.06146)"
+    )
+    summary: ClassVar[str] = "all numbers of the linears train"
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return ()
+
+    def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> "FullyTrained":
+        shape_of(linear)  # refuses what is no linear
+        dtypes = {tensor.dtype for tensor in linear.state_dict().values()}
+        if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+            raise RecipeError(f"full: the numbers of a {type(linear).__name__} are packed; train an adapter beside it")
+        return FullyTrained(linear, dtypes.pop())
+
+    def budget(self, modules: Sequence[Relaxed], bits: float | None) -> Tensor:
+        return modules[0].bits().new_zeros(())
+
+
+class FullyTrained(Relaxed):
+    """The linear, computing with numbers that train in float32 or better."""
+
+    def __init__(self, linear: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self.linear = deepcopy(linear).to(master(linear).dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.linear, {name: p.to(x) for name, p in self.linear.named_parameters()}, (x,))
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"weights": list(self.linear.parameters())}
+
+    def harden(self) -> nn.Module:
+        return deepcopy(self.linear).to(self._dtype)
+
+    def bits(self) -> Tensor:
+        counted = [p for name, p in self.linear.named_parameters() if not name.endswith("bias")]
+        return torch.tensor(8.0 * self._dtype.itemsize * sum(p.numel() for p in counted), device=counted[0].device)

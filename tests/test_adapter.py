@@ -1,0 +1,421 @@
+"""Updates beside frozen linears: they begin as nothing, harden into what they were, and travel to peft and back."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from families import tiny_batch, tiny_model
+from tersely.errors import AnatomyError, CheckpointError, NumericalError, RecipeError
+from tersely.kinds import DenseLinear, LowRankLinear, dense_weight
+from tersely.kinds.sum import SumLinear
+from tersely.stats import Stats
+from tersely.train import RELAXATIONS, harden, relax_sites
+from tersely.train.peft_format import CONFIG, TENSORS, Update, apply_adapter, read_adapter, updates_of, write_adapter
+from tersely.train.relax.adapter import Adapted, Adapter
+from tersely.train.relax.full import Full
+from tersely.train.relax.kasa import KnowledgeAdapter, distance_from_orthonormal
+
+SHAPES = {"wide": (10, 24), "tall": (24, 10), "square": (16, 16)}
+ATTENTION = [f"model.layers.{block}.self_attn.{name}_proj" for block in range(2) for name in "qkvo"]
+
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every_update = pytest.mark.parametrize("name", ["adapter", "kasa"])
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def linear(shape: tuple[int, int], kind: str = "linear", dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A linear of shape (out, in), with a bias."""
+    weight, bias = normal(*shape).to(dtype), normal(shape[0], seed=1).to(dtype)
+    match kind:
+        case "linear":
+            made = nn.Linear(shape[1], shape[0], dtype=dtype)
+            made.weight.data, made.bias.data = weight, bias
+        case "conv1d":
+            made = Conv1D(shape[0], shape[1]).to(dtype)
+            made.weight.data, made.bias.data = weight.T.contiguous(), bias
+        case "dense":
+            made = DenseLinear.from_weight(weight, bias)
+        case "low_rank":
+            made = LowRankLinear.from_factors(normal(shape[0], 5, seed=2).to(dtype), normal(5, shape[1]).to(dtype))
+            made.set_bias(bias)
+    return made
+
+
+def relaxed(relaxation, base: nn.Module, *, learned: bool = True):
+    """A relaxed linear; `learned` puts numbers where zeros stand at the start."""
+    module = relaxation.relax(base, Stats(), generator())
+    if learned:
+        module.up.data = normal(*module.up.shape, seed=3).to(module.up)
+    return module
+
+
+def update_of(name: str, **fields):
+    return RELAXATIONS[name](**fields)
+
+
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+@every_shape
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "dense", "low_rank"])
+def test_an_adapter_begins_as_nothing(shape, kind):
+    base, x = linear(shape, kind), normal(7, shape[1], seed=4)
+    for relaxation in (Adapter(), KnowledgeAdapter(truncate=False)):
+        assert torch.equal(relaxed(relaxation, base, learned=False)(x), base(x))
+
+
+@every_shape
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_what_kasa_drops_are_the_weakest_singular_directions(shape, kind):
+    base, x, rank = linear(shape, kind), normal(7, shape[1], seed=4), 3
+    before = copy.deepcopy(base.state_dict())
+    module = relaxed(KnowledgeAdapter(rank=rank), base, learned=False)
+    weight, world = (m.weight.T if kind == "conv1d" else m.weight for m in (base, module.base))
+    values = torch.linalg.svdvals(weight)
+    assert len(values) == min(shape)
+    # the theorem of Eckart, Young and Mirsky; the smaller side counts, whichever it is
+    assert (weight - world).square().sum().item() == pytest.approx(values[-rank:].square().sum().item(), rel=1e-10)
+    torch.testing.assert_close(torch.linalg.svdvals(world)[:-rank], values[:-rank])
+    torch.testing.assert_close(module(x), x @ world.T + base.bias, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(module.dropped_up @ module.dropped_down, weight - world, rtol=0, atol=1e-12)
+    assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_the_gradient_of_the_update_is_that_of_the_weight_through_the_other_factor():
+    base, x, wanted = linear((10, 24)), normal(7, 24, seed=4), normal(7, 10, seed=5)
+    module = relaxed(Adapter(rank=3, alpha=6.0), base)
+    hard = module.harden()
+    for tried in (module, hard):
+        (tried(x) - wanted).square().sum().backward()
+    slope = hard.weight.grad
+    torch.testing.assert_close(module.up.grad, module.scale * slope @ module.down.detach().T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(module.down.grad, module.scale * module.up.detach().T @ slope, rtol=1e-10, atol=1e-10)
+
+
+def test_the_first_factor_is_drawn_from_the_generator_alone():
+    torch.manual_seed(1)
+    first = relaxed(Adapter(), linear((10, 24))).down
+    torch.manual_seed(2)
+    assert torch.equal(first, relaxed(Adapter(), linear((10, 24))).down)
+    assert first.abs().max() <= 1 / math.sqrt(24)
+    assert first.std().item() == pytest.approx(1 / math.sqrt(3 * 24), rel=0.1)
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+@every_update
+@every_shape
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "dense", "low_rank"])
+@pytest.mark.parametrize("merge", [True, False])
+def test_hardened_and_relaxed_are_one_function(name, shape, kind, merge):
+    base, x = linear(shape, kind), normal(7, shape[1], seed=4)
+    fields = {"truncate": kind in ("linear", "conv1d")} if name == "kasa" else {}
+    module = relaxed(update_of(name, rank=3, merge=merge, **fields), base).eval()
+    hard = module.harden()
+    torch.testing.assert_close(hard(x), module(x), rtol=1e-10, atol=1e-10)
+    form = type(base) if merge else SumLinear
+    assert type(hard) is form
+    assert hard(x).dtype == torch.float64
+    if kind == "low_rank" and merge:
+        assert hard.rank == 5 + 3
+    # bits are those of the stored numbers, bias aside
+    numbers = sum(t.numel() for path, t in hard.state_dict().items() if not path.endswith("bias"))
+    assert module.bits().item() == 64 * numbers
+
+
+def test_an_update_of_a_sum_is_one_more_term():
+    base, x = relaxed(Adapter(merge=False), linear((10, 24))).harden(), normal(7, 24, seed=4)
+    again = relaxed(Adapter(rank=2), base)
+    hard = again.harden()
+    assert len(hard.terms) == 3
+    torch.testing.assert_close(hard(x), again(x), rtol=1e-10, atol=1e-10)
+
+
+@every_update
+def test_what_kasa_learned_is_an_update_of_the_original_weight(name):
+    base = linear((10, 24))
+    module = relaxed(update_of(name, rank=3), base)
+    up, down = module.update()
+    assert len(down) == (6 if name == "kasa" else 3)
+    torch.testing.assert_close(base.weight + up @ down, dense_weight(module.harden()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "dense", "low_rank"])
+def test_in_half_precision_the_update_is_held_and_rounded_once_in_full(kind):
+    base, x = linear((10, 24), kind, torch.bfloat16), normal(7, 24, seed=4).bfloat16()
+    module = relaxed(Adapter(rank=3), base)
+    assert module.up.dtype == module.down.dtype == torch.float32
+    assert module(x).dtype == torch.bfloat16
+    hard = module.harden()
+    assert {tensor.dtype for tensor in hard.state_dict().values()} == {torch.bfloat16}
+    if kind != "low_rank":
+        up, down = module.update()
+        wanted = (
+            dense_weight(linear((10, 24), "linear", torch.bfloat16)).double() + up.double() @ down.double()
+        ).bfloat16()
+        got = dense_weight(hard).T if kind == "conv1d" else dense_weight(hard)
+        assert torch.equal(got, wanted.float())
+
+
+def test_all_numbers_of_a_linear_can_train_and_return_to_their_dtype():
+    base, x = linear((10, 24), "conv1d", torch.bfloat16), normal(7, 24, seed=4).bfloat16()
+    module = Full().relax(base, Stats(), generator())
+    assert torch.equal(module(x), base(x))
+    assert {parameter.dtype for parameter in module.groups()["weights"]} == {torch.float32}
+    module(x).float().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in module.groups()["weights"])
+    hard = module.harden()
+    assert type(hard) is Conv1D
+    assert all(torch.equal(hard.state_dict()[name], tensor) for name, tensor in base.state_dict().items())
+    assert module.bits().item() == 16 * 240
+
+
+# --- between ----------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_keeps_the_mean_and_rests_while_measuring():
+    module = relaxed(Adapter(dropout=0.25), linear((10, 24)))
+    x = normal(1, 24).expand(20_000, 24)
+    measured = module.eval()(x)
+    torch.testing.assert_close(measured[:1].expand_as(measured), measured)
+    learning = module.train()(x)
+    spread = (learning - measured).std(0)
+    assert spread.min() > 0
+    assert ((learning.mean(0) - measured[0]).abs() < 5 * spread / math.sqrt(len(x))).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (3, 3), (1, 7)])
+def test_outer_and_inner_products_are_as_far_from_the_identity_up_to_a_constant(shape):
+    rows = normal(*shape)
+    outer = torch.linalg.matrix_norm(rows.T @ rows - torch.eye(shape[1]))
+    wanted = distance_from_orthonormal(rows).square() + shape[1] - shape[0]
+    assert outer.square().item() == pytest.approx(wanted.item(), rel=1e-12)
+
+
+def test_the_distance_from_orthonormal_has_a_gradient_everywhere():
+    rows = torch.eye(3, 8, dtype=torch.float64, requires_grad=True)
+    distance_from_orthonormal(rows).backward()
+    assert torch.equal(rows.grad, torch.zeros_like(rows))
+
+
+def test_the_penalty_straightens_the_update_and_quiets_what_is_unused():
+    module = relaxed(KnowledgeAdapter(rank=4, beta=0.1, gamma=1.0), linear((10, 24)))
+    steps = torch.optim.Adam(module.parameters(), lr=0.02)
+    before = [distance_from_orthonormal(rows).item() for rows in (module.up.T, module.down)]
+    loud = module.values.abs().max().item()
+    for _ in range(150):
+        steps.zero_grad()
+        module.penalty().backward()
+        steps.step()
+    assert distance_from_orthonormal(module.up.T).item() < 0.1 * before[0]
+    assert distance_from_orthonormal(module.down).item() < 0.1 * before[1]
+    assert module.values.abs().max().item() < 0.5 * loud
+
+
+def test_kasa_learns_a_task_as_well_as_a_plain_adapter():
+    """A weight that is low-rank but for noise, and a task that moves it by rank 3."""
+    truth = normal(24, 4) @ normal(4, 16, seed=1) + 0.02 * normal(24, 16, seed=2)
+    base = nn.Linear(16, 24, bias=False, dtype=torch.float64)
+    base.weight.data = truth
+    moved = truth + 0.3 * normal(24, 3, seed=3) @ normal(3, 16, seed=4)
+    x = normal(256, 16, seed=5)
+    left = {}
+    for name in ("adapter", "kasa"):
+        module = update_of(name, rank=4).relax(base, Stats(), generator())
+        steps = torch.optim.Adam(module.groups()["adapters"], lr=0.02)
+        for _ in range(200):
+            steps.zero_grad()
+            loss = (module(x) - x @ moved.T).square().sum(-1).mean()
+            (loss + module.penalty()).backward()
+            steps.step()
+        left[name] = loss.item()
+    start = (x @ (truth - moved).T).square().sum(-1).mean().item()
+    assert left["adapter"] < 0.02 * start
+    assert left["kasa"] < 0.02 * start
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Adapter(rank=0),
+        lambda: Adapter(alpha=0.0),
+        lambda: Adapter(dropout=1.0),
+        lambda: KnowledgeAdapter(gamma=-1.0),
+        lambda: KnowledgeAdapter(beta=math.nan),
+        lambda: relaxed(KnowledgeAdapter(rank=16), linear((16, 16))),
+        lambda: relaxed(KnowledgeAdapter(), linear((16, 16), "low_rank")),
+        lambda: relaxed(Adapter(), nn.Embedding(4, 4)),
+    ],
+)
+def test_what_cannot_be_is_refused(make):
+    with pytest.raises(RecipeError):
+        make()
+
+
+def test_a_weight_that_is_not_finite_is_not_truncated():
+    base = linear((10, 24))
+    base.weight.data[0, 0] = math.nan
+    with pytest.raises(NumericalError, match="finite"):
+        relaxed(KnowledgeAdapter(), base)
+
+
+# --- peft -------------------------------------------------------------------------------------------------------------
+
+
+def adapted_model(family: str, names: list[str], relaxation) -> tuple[nn.Module, dict]:
+    model = tiny_model(family)
+    modules = relax_sites(model, names, relaxation, {}, generator())
+    for seed, module in enumerate(modules.values()):
+        module.up.data = 0.1 * normal(*module.up.shape, seed=seed).to(module.up)
+    return model.eval(), modules
+
+
+PEFT_CASES = {
+    "llama": ("llama", ATTENTION, Adapter(rank=3)),
+    "llama-kasa": ("llama", ATTENTION, KnowledgeAdapter(rank=3)),
+    "gpt2": ("gpt2", ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"], Adapter(rank=4)),
+}
+# the libraries' own quarrel: peft asks transformers by an old name
+peft_tests = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+every_case = pytest.mark.parametrize("case", PEFT_CASES.values(), ids=PEFT_CASES)
+
+
+@peft_tests
+@every_case
+def test_peft_opens_what_we_write(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    family, names, relaxation = case
+    model, modules = adapted_model(family, names, relaxation)
+    write_adapter(tmp_path / "adapter", model, updates_of(modules), base="some/model")
+    opened = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(opened(**tiny_batch()).logits, model(**tiny_batch()).logits, rtol=1e-4, atol=1e-5)
+
+
+@peft_tests
+@pytest.mark.parametrize("rslora", [False, True])
+def test_we_open_what_peft_writes(rslora, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2},
+        alpha_pattern={"layers.1.self_attn.q_proj": 7}, use_rslora=rslora, init_lora_weights=False,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(tiny_model("llama"), config)
+    theirs.save_pretrained(tmp_path)
+    ours = tiny_model("llama")
+    changed = apply_adapter(ours, read_adapter(tmp_path))
+    assert len(changed) == 4
+    with torch.no_grad():
+        batch = tiny_batch()
+        torch.testing.assert_close(ours(**batch).logits, theirs.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+@every_case
+def test_written_read_and_applied_is_hardened(case, tmp_path):
+    family, names, relaxation = case
+    model, modules = adapted_model(family, names, relaxation)
+    write_adapter(tmp_path, model, updates_of(modules))
+    applied = tiny_model(family)
+    apply_adapter(applied, read_adapter(tmp_path))
+    harden(model, modules)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(applied.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_updates_of_unlike_rank_and_scale_keep_both(tmp_path):
+    model = tiny_model("llama")
+    updates = {
+        name: Update(torch.randn(model.get_submodule(name).out_features, rank), torch.randn(rank, 32), 1 / rank)
+        for rank, name in enumerate([f"model.layers.1.self_attn.{short}_proj" for short in "qkv"], start=1)
+    }
+    updates["model.layers.0.self_attn.q_proj"] = Update(torch.randn(32, 2), torch.randn(2, 32), 3.0)
+    write_adapter(tmp_path, model, updates)
+    for name, update in read_adapter(tmp_path).items():
+        assert torch.equal(update.up, updates[name].up)
+        assert torch.equal(update.down, updates[name].down)
+        assert update.scale == pytest.approx(updates[name].scale)
+
+
+def test_an_adapter_goes_onto_a_compressed_linear():
+    model, name = tiny_model("llama"), ATTENTION[0]
+    model.set_submodule(name, linear((32, 32), "low_rank", torch.float32))
+    old = model.get_submodule(name).to_dense()
+    apply_adapter(model, {name: Update(torch.ones(32, 1), torch.ones(1, 32), 0.5)})
+    torch.testing.assert_close(model.get_submodule(name).to_dense(), old + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("use_dora", True),
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+        ("a_setting_of_the_future", {"on": True}),
+    ],
+)
+def test_a_folder_that_asks_for_more_is_refused(key, value, tmp_path):
+    model, modules = adapted_model(*PEFT_CASES["llama"])
+    write_adapter(tmp_path, model, updates_of(modules))
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError, match=str(value) if key == "peft_type" else key):
+        read_adapter(tmp_path)
+
+
+def damaged(folder: Path, change) -> None:
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop(next(iter(tensors))),
+        lambda tensors: tensors.update({"base_model.model.lm_head.weight": torch.zeros(2)}),
+        lambda tensors: tensors.update({next(iter(tensors)): torch.zeros(5, 32)}),
+    ],
+    ids=["half", "whole", "rank"],
+)
+def test_tensors_that_are_no_updates_are_refused(change, tmp_path):
+    model, modules = adapted_model(*PEFT_CASES["llama"])
+    write_adapter(tmp_path, model, updates_of(modules))
+    damaged(tmp_path, change)
+    with pytest.raises(CheckpointError):
+        read_adapter(tmp_path)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_adapter(tmp_path)
+    model = tiny_model("llama")
+    with pytest.raises(AnatomyError, match="another base"):
+        apply_adapter(model, {ATTENTION[0]: Update(torch.zeros(8, 1), torch.zeros(1, 8), 1.0)})
+    with pytest.raises(RecipeError, match="no such module"):
+        apply_adapter(model, {"model.nothing": Update(torch.zeros(8, 1), torch.zeros(1, 8), 1.0)})
+    with pytest.raises(CheckpointError, match="nothing to write"):
+        write_adapter(tmp_path, model, {})
+    model.set_submodule(ATTENTION[0], linear((32, 32), "low_rank", torch.float32))
+    modules = relax_sites(model, ATTENTION[:1], Adapter(), {}, generator())
+    with pytest.raises(CheckpointError, match="plain linears only"):
+        write_adapter(tmp_path, model, updates_of(modules))
+    assert isinstance(modules[ATTENTION[0]], Adapted)
+    with pytest.raises(CheckpointError, match="no low-rank update"):
+        updates_of(relax_sites(tiny_model("llama"), ATTENTION[:1], Full(), {}, generator()))
