@@ -227,26 +227,26 @@ def test_the_penalty_straightens_the_update_and_quiets_what_is_unused():
     assert module.values.abs().max().item() < 0.5 * loud
 
 
-def test_kasa_learns_a_task_as_well_as_a_plain_adapter():
-    """A weight that is low-rank but for noise, and a task that moves it by rank 3."""
-    truth = normal(24, 4) @ normal(4, 16, seed=1) + 0.02 * normal(24, 16, seed=2)
+def test_kasa_learns_better_where_the_weakest_directions_are_noise_and_worse_where_they_are_not():
+    """A weight of rank 4 with noise on top, and a task that moves it by rank 3, with or without that noise."""
+    clean, noise = normal(24, 4) @ normal(4, 16, seed=1), 0.1 * normal(24, 16, seed=2)
+    task, x = 0.3 * normal(24, 3, seed=3) @ normal(3, 16, seed=4), normal(256, 16, seed=5)
     base = nn.Linear(16, 24, bias=False, dtype=torch.float64)
-    base.weight.data = truth
-    moved = truth + 0.3 * normal(24, 3, seed=3) @ normal(3, 16, seed=4)
-    x = normal(256, 16, seed=5)
+    base.weight.data = clean + noise
     left = {}
-    for name in ("adapter", "kasa"):
-        module = update_of(name, rank=4).relax(base, Stats(), generator())
-        steps = torch.optim.Adam(module.groups()["adapters"], lr=0.02)
-        for _ in range(200):
-            steps.zero_grad()
-            loss = (module(x) - x @ moved.T).square().sum(-1).mean()
-            (loss + module.penalty()).backward()
-            steps.step()
-        left[name] = loss.item()
-    start = (x @ (truth - moved).T).square().sum(-1).mean().item()
-    assert left["adapter"] < 0.02 * start
-    assert left["kasa"] < 0.02 * start
+    for wanted in ("clean", "noisy"):
+        y = x @ (clean + task + (noise if wanted == "noisy" else 0)).T
+        for name in ("adapter", "kasa"):
+            module = update_of(name, rank=4).relax(base, Stats(), generator())
+            steps = torch.optim.Adam(module.groups()["adapters"], lr=0.02)
+            for _ in range(150):
+                steps.zero_grad()
+                loss = (module(x) - y).square().sum(-1).mean()
+                (loss + module.penalty()).backward()
+                steps.step()
+            left[name, wanted] = loss.item()
+    assert left["kasa", "clean"] < left["adapter", "clean"]
+    assert left["adapter", "noisy"] < left["kasa", "noisy"]
 
 
 @pytest.mark.parametrize(
@@ -305,6 +305,21 @@ def test_peft_opens_what_we_write(case, tmp_path):
     opened = peft.PeftModel.from_pretrained(tiny_model(family), tmp_path / "adapter")
     with torch.no_grad():
         torch.testing.assert_close(opened(**tiny_batch()).logits, model(**tiny_batch()).logits, rtol=1e-4, atol=1e-5)
+
+
+@peft_tests
+def test_peft_sees_unlike_ranks_and_scales_as_we_do(tmp_path):
+    peft = pytest.importorskip("peft")
+    ours, updates = tiny_model("llama"), {}
+    for rank, name in enumerate(ATTENTION, start=1):
+        shape = ours.get_submodule(name).weight.shape
+        up, down = 0.1 * normal(shape[0], rank).float(), normal(rank, shape[1], seed=1).float()
+        updates[name] = Update(up, down, rank % 3 + 0.5)
+    write_adapter(tmp_path, ours, updates)
+    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    apply_adapter(ours, updates)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**tiny_batch()).logits, ours(**tiny_batch()).logits, rtol=1e-4, atol=1e-4)
 
 
 @peft_tests

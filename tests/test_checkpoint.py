@@ -19,7 +19,7 @@ from tersely.checkpoint import locate
 from tersely.errors import AnatomyError, CheckpointError, RecipeError, TerselyError
 from tersely.pipeline import compress, run
 from tersely.prepare import prepare
-from tersely.recipe import Calibration, Recipe, MethodStep
+from tersely.recipe import Calibration, MethodStep, Recipe
 from tersely.verify import CHECKSUMS, checksum, verify
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

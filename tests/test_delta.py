@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from families import tiny_batch
 from tersely.anatomy import anatomy_of
 from tersely.checkpoint import Source, open_source
-from tersely.deltas import check_pair, choose, digest, load_deltas, open_delta, open_any, write_delta
+from tersely.deltas import check_pair, choose, digest, load_deltas, open_any, open_delta, write_delta
 from tersely.errors import CheckpointError, RecipeError
 from tersely.hf import manifest_config
 from tersely.kinds import LowRankLinear, Made, manifest_of

@@ -10,13 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tersely.anatomy import Site
 from tersely.diagnose import DIAGNOSES, Row, diagnose, joma, tables
+from tersely.diagnose.base import Seen
 from tersely.diagnose.joma import HeadSums
-from tersely.diagnose.outliers import Moments, Tokens
+from tersely.diagnose.outliers import SPIKE, Moments, Tokens, spikes
 from tersely.diagnose.spectra import spectrum
 from tersely.errors import NumericalError, RecipeError
 from tersely.linalg.truncation import output_basis
+from tersely.stats import Stats
 
 quick = settings(max_examples=60, deadline=None, database=None)
 
@@ -53,7 +57,6 @@ def test_every_rank_lies_between_one_and_the_rank(rows, columns, rank, seed):
     assert 1 <= found.stable_rank <= rank + 1e-9
     assert 1 - 1e-9 <= found.effective_rank <= rank + 1e-6
     assert 1 <= found.rank90 <= found.rank99 <= rank
-    assert found.stable_rank <= found.effective_rank + 1e-6 or found.stable_rank >= 1  # neither bounds the other
 
 
 @pytest.mark.parametrize("side", [1, 2, 7, 40])
@@ -316,7 +319,6 @@ def test_the_same_seed_sees_the_same(model_folder, text_file):
 
 
 def test_spectra_of_a_model_are_those_of_its_weights(model_folder, text_file):
-    from transformers import AutoModelForCausalLM
 
     folder = model_folder("gpt2")
     rows = diagnose(str(folder), ["spectra"], [str(text_file)], samples=4, length=16)["spectra"]
@@ -329,10 +331,6 @@ def test_spectra_of_a_model_are_those_of_its_weights(model_folder, text_file):
 
 def test_attention_of_a_model_is_its_own(model_folder, text_file):
     """A head's entropy, from the probabilities that the model itself returns."""
-    from transformers import AutoModelForCausalLM
-
-    from tersely.diagnose import Subject
-    from tersely.diagnose.base import row
 
     folder = model_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
@@ -344,7 +342,6 @@ def test_attention_of_a_model_is_its_own(model_folder, text_file):
     assert layers[1][2].entropy == pytest.approx(entropy.item(), rel=1e-6)
     assert layers[1][2].sink == pytest.approx(attention[..., 0].mean().item(), rel=1e-6)
     assert layers[0][0].uniform == pytest.approx(sum(math.log(t) for t in range(2, 13)) / 11)
-    assert Subject and row("a", "b", 1) == {"name": "a", "measure": "b", "value": 1, "unit": ""}
 
 
 def damaged(folder, change) -> str:
@@ -368,7 +365,6 @@ def test_a_planted_channel_is_found(model_folder, copy_of, text_file):
 
 def test_a_planted_token_is_found(model_folder, copy_of, text_file):
     """One word of the text gets an embedding that is larger by far; the blocks carry it on."""
-    from transformers import AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(model_folder())(text_file.read_text())["input_ids"]
     rare = min(set(words), key=words.count)
@@ -404,32 +400,19 @@ def test_a_planted_spike_is_the_first_of_all_projections(model_folder, copy_of, 
 
 
 def test_a_single_spiking_token_is_flagged():
-    from tersely.diagnose.base import Seen
-    from tersely.diagnose.outliers import SPIKE, _spikes
-    from tersely.stats import Stats
+    site = Site("down", "mlp.down", 0, "block:mlp.middle", 4, 4, False, False)
 
     def seen(x: Tensor) -> Seen:
-        site = next(iter(_sites()))
-        read, returned = Tokens(4), Tokens(4)
+        read = Tokens(4)
         read.update(x)
-        returned.update(x)
-        return Seen(0, "block", (site,), {site.reads: Stats({Tokens: read})}, {site.name: Stats({Tokens: returned})})
+        return Seen(0, "block", (site,), {site.reads: Stats({Tokens: read})}, {site.name: Stats({Tokens: read})})
 
     x = normal(100, 4)
-    rows = _spikes(seen(x))
-    assert value(rows, "down", "flag") is None
+    assert value(spikes(seen(x)), "down", "flag") is None
     x[17, 2] = 100 * SPIKE
-    rows = _spikes(seen(x))
-    assert value(rows, "down", "flag") == "spike"
-    assert value(rows, "down", "largest input") == 100 * SPIKE
-    silent = _spikes(seen(torch.zeros(5, 4)))
-    assert value(silent, "down", "spike") is None
-
-
-def _sites():
-    from tersely.anatomy import Site
-
-    yield Site("down", "mlp.down", 0, "block:mlp.middle", 4, 4, False, False)
+    assert value(spikes(seen(x)), "down", "flag") == "spike"
+    assert value(spikes(seen(x)), "down", "largest input") == 100 * SPIKE
+    assert value(spikes(seen(torch.zeros(5, 4))), "down", "spike") is None
 
 
 @pytest.mark.parametrize("what", DIAGNOSES)

@@ -36,7 +36,8 @@ LAYERS = (
     {"targets", "tables"},
     {"sweeps"},
     {"evaluation", "report"},
-    {"steps", "outlook"},
+    {"steps"},
+    {"outlook"},
     {"prepare", "verify"},
     {"pipeline"},
     {"bench", "catalogue", "estimate", "generate"},
@@ -47,13 +48,17 @@ LAYERS = (
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 
 # The arrows that point the other way, each inside a function that runs when everything has long been imported.
-DEFERRED = {("hf", "kinds")}  # a folder is opened: its manifest becomes modules
+DEFERRED = {
+    ("hf", "kinds"),  # a folder is opened: its manifest becomes modules
+    ("hf", "deltas"),  # and what a folder of differences leaves out comes from its base
+}
 
 MAY_IMPORT_TRANSFORMERS = {
     "anatomy", "cache", "checkpoint", "cli", "convert", "diagnose", "evaluation", "generate", "hf", "train",
 }  # fmt: skip
 
-LONGEST_FILE, LONGEST_BASE, LONGEST_PACKAGE = 500, 200, 15_000
+# The package may grow beyond the first 15 000 lines: thirty-three systems of two hundred lines each stand on 12 000.
+LONGEST_FILE, LONGEST_BASE, LONGEST_PACKAGE = 500, 200, 25_000
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

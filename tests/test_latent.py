@@ -117,7 +117,7 @@ def test_the_cache_holds_the_promised_bytes(static):
     for layer in cache.layers:
         held = sum(t.numel() * t.element_size() for t in (layer.keys, layer.values))
         assert held == 2 * 12 * (3 + 3) * 4
-    promised = next(o for o in LatentCache().sizes(unit, 4) if o.amount == {"k": 3, "v": 3})
+    promised = next(o for o in LatentCache().sizes(unit, 4) if o.amount == 6)
     assert promised.nbytes == (3 + 3) * 4
     assert dense_bytes_per_token(unit, 4) == 2 * 2 * 8 * 4  # keys and values of two heads of width 8
 
@@ -168,28 +168,34 @@ def test_predicted_errors_are_those_of_the_result(method):
     model, unit, weights, x = case()
     stats, settings = observed(x), attention_settings(model, unit)
     options = method.options(unit, weights, stats)
-    energy = sum(error(weights[role], torch.zeros(()), x) for role in "kv")
-    assert options[0].amount == 0 and options[0].error == pytest.approx(energy, rel=1e-9)
+    energy = {role: error(weights[role], torch.zeros(()), x) for role in "kv"}
+    assert options[0].amount == 0 and options[0].error == pytest.approx(sum(energy.values()), rel=1e-9)
     for option in options[1::5]:
         made = method.compress(unit, weights, {}, stats, option.amount, settings)[""]
-        lost = sum(error(weights[role], made.get_submodule(f"{role}_proj").to_dense(), x) for role in "kv")
-        assert lost == pytest.approx(option.error, abs=1e-10 * energy)
+        dense = {role: made.get_submodule(f"{role}_proj").to_dense() for role in "kv"}
+        lost = sum(error(weights[role], dense[role], x) / energy[role] for role in "kv") / 2
+        assert option.error / options[0].error == pytest.approx(lost, abs=1e-10)
         assert option.nbytes == (made.k_proj.rank + made.v_proj.rank) * 8
-    assert options[-1].error < 1e-10 * energy
+    assert options[-1].error < 1e-10 * options[0].error
 
 
 @every_variant
-def test_of_all_divisions_the_best_is_offered(method):
-    _, unit, weights, x = case()
-    stats = observed(x)
+def test_of_all_divisions_the_best_is_taken(method):
+    model, unit, weights, x = case()
+    stats, settings = observed(x), attention_settings(model, unit)
     options = method.options(unit, weights, stats)
-    left = {role: method._left_over(weights[role], stats[role]) for role in "kv"}
+    left = method._left_over(weights, stats)
     pairs = list(itertools.product(range(1, 17), range(1, 17)))
     for option in options[1:]:
         total = option.amount["k"] + option.amount["v"]
-        best = min((left["k"][k] + left["v"][v]).item() for k, v in pairs if k + v == total)
-        assert option.error == best
+        shares = [
+            (left["k"][k] / left["k"][0] + left["v"][v] / left["v"][0]).item() for k, v in pairs if k + v == total
+        ]
+        assert option.error / options[0].error == pytest.approx(min(shares) / 2, abs=1e-14)
     assert options[6].amount["v"] > options[6].amount["k"]  # the keys need little
+    # a total is divided the same way once the inputs are known
+    made = method.compress(unit, weights, {}, stats, 7, settings)[""]
+    assert {"k": made.k_proj.rank, "v": made.v_proj.rank} == options[6].amount
 
 
 @every_variant
@@ -213,11 +219,8 @@ def test_sizes_are_those_of_the_options(family):
     _, unit, weights, x = case(family)
     sizes, options = LatentCache().sizes(unit, 8), LatentCache().options(unit, weights, observed(x))
     assert [size.nbytes for size in sizes] == [option.nbytes for option in options]
-    assert all(size.error is None for size in sizes)
-    for size in sizes[1:]:
-        assert abs(size.amount["k"] - size.amount["v"]) <= 1
-        assert sum(size.amount.values()) * 8 == size.nbytes
-    assert sizes[-1].amount == {role: min(weights[role].shape) for role in "kv"}
+    assert all(size.error is None and size.amount * 8 == size.nbytes for size in sizes)
+    assert options[-1].amount == {role: min(weights[role].shape) for role in "kv"}
 
 
 def test_biases_come_after_the_cache():
@@ -253,7 +256,7 @@ def test_silent_inputs_and_dead_weights_are_no_trouble(method):
         method.options(unit, weights | {"k": weights["k"] * torch.nan}, observed(x))
 
 
-@pytest.mark.parametrize("amount", [4, {"k": 4}, {"k": 0, "v": 4}, {"k": 99, "v": 4}])
+@pytest.mark.parametrize("amount", [1, 33, "4", {"k": 4}, {"k": 0, "v": 4}, {"k": 99, "v": 4}])
 def test_a_wrong_amount_is_refused(amount):
     model, unit, weights, x = case()
     with pytest.raises(RecipeError, match="wanted"):

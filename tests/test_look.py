@@ -10,16 +10,16 @@ import torch
 
 from tersely import bench, demo
 from tersely.bench import Bench, Entry, markdown, run_bench
-from tersely.catalogue import catalogue, catalogue_text, field_docstrings
+from tersely.catalogue import PLAIN_SECTIONS, SECTIONS, catalogue, catalogue_text, field_docstrings
 from tersely.cli import main
 from tersely.errors import RecipeError
 from tersely.estimate import estimate, estimate_table
-from tersely.methods import METHODS
 from tersely.pipeline import compress, load, quiet
 from tersely.recipe import Calibration, recipe_from
 from tersely.report.comparison import comparison_page
 from tersely.report.page import page
 from tersely.report.rows import Report, format_value
+from tersely.tables import TABLES
 
 DEMO = Path(demo.__file__).parent / "assets" / "demo"
 
@@ -50,17 +50,18 @@ class Text(HTMLParser):
 
 
 def test_the_catalogue_names_every_method_with_paper_needs_and_documented_options():
-    for entry in catalogue()["methods"]:
-        assert entry["paper"] and entry["summary"]
-        for option in entry["options"]:
-            assert option["help"], f"{entry['name']}.{option['name']} is not documented"
-            assert getattr(METHODS[entry["name"]](), option["name"]) == option["default"]
-    assert {entry["name"] for entry in catalogue()["methods"]} == METHODS.keys()
+    for verb, (key, _) in SECTIONS.items():
+        for entry in catalogue()[key]:
+            assert entry["paper"] and entry["summary"]
+            for option in entry["options"]:
+                assert option["help"], f"{entry['name']}.{option['name']} is not documented"
+                assert getattr(TABLES[verb][entry["name"]](), option["name"]) == option["default"]
+        assert {entry["name"] for entry in catalogue()[key]} == TABLES[verb].keys()
 
 
 def test_the_text_holds_what_the_data_hold():
     text = catalogue_text()
-    for table in ("methods", "allocators", "kinds"):
+    for table in [key for key, _ in SECTIONS.values()] + list(PLAIN_SECTIONS):
         for entry in catalogue()[table]:
             assert entry["name"] in text and entry["summary"] in text
     assert all(family in text for family in catalogue()["families"])
@@ -75,7 +76,7 @@ def test_list_prints_json_that_reads_back(capsys):
 
 
 def test_field_docstrings_belong_to_the_field_before_them():
-    assert field_docstrings(METHODS["svd_llm"])["damping"].startswith("Added to the diagonal of the Gram matrix")
+    assert field_docstrings(TABLES["method"]["svd_llm"])["damping"].startswith("Added to the diagonal of the Gram matrix")
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ was trained."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from families import tiny_model
 from tersely.errors import NumericalError, RecipeError
+from tersely.journal import Journal
 from tersely.kinds import DenseLinear, LowRankLinear
 from tersely.kinds.quantized import QuantizedLinear
 from tersely.stats import AbsMax, Stats
@@ -414,9 +416,11 @@ def test_the_budget_survives_in_the_state_of_a_module():
         assert new.harden().bits == old.harden().bits < 7
 
 
-def test_without_an_average_nothing_is_priced():
-    asked = PseudoNoise()
+def test_only_a_fixed_width_needs_no_average():
+    asked = PseudoNoise(min_bits=4, max_bits=4)
     assert asked.budget(several(asked), None).item() == 0
+    with pytest.raises(RecipeError, match="say bits"):
+        PseudoNoise().budget(several(PseudoNoise()), None)
 
 
 def test_the_layer_to_which_the_loss_is_more_sensitive_gets_more_bits():
@@ -485,22 +489,42 @@ def test_codes_settle_after_noise_and_go_on_flipping_straight_through():
     assert straight_through > 5 * after_noise
 
 
-def test_the_loop_trains_it_and_the_average_holds():
+def through_the_loop(folder: Path, stop: int | None = None) -> dict[str, Tensor]:
+    """Numbers of the hardened linears of a tiny model that was trained for eight steps, or went on where it stopped."""
     model = tiny_model("llama").eval()
     names = [f"model.layers.{block}.mlp.{name}_proj" for block in range(2) for name in ("gate", "up", "down")]
-    asked, numbers = PseudoNoise(activations=False), generator()
-    relaxed = relax_sites(model, names, asked, {}, numbers)
-    windows = torch.randint(3, 60, (24, 16), generator=generator(1))
-    training = Training(tokens=1000, batch=4, held_out=4, rate=1e-3, quantizer_rate=3e-2)
+    widths = {name: model.get_submodule(name).in_features for name in names}
+    asked, numbers = PseudoNoise(), generator()
+    relaxed = relax_sites(model, names, asked, {name: observed(normal(40, widths[name])) for name in names}, numbers)
+
+    def callback(done: int, model: nn.Module) -> None:
+        if done == stop:
+            raise InterruptedError
+
     train(
-        model, training, objectives={"tokens": Tokens()}, windows=windows, generator=numbers, relaxation=asked, bits=4.0
+        model,
+        Training(tokens=512, batch=4, held_out=4, rate=1e-3, quantizer_rate=3e-2, save_every=3),
+        objectives={"tokens": Tokens()},
+        windows=torch.randint(3, 60, (24, 16), generator=generator(1)),
+        generator=numbers,
+        relaxation=asked,
+        bits=4.2,
+        journal=Journal(folder, "one"),
+        callback=callback,
     )
-    numbers_of_weights = sum(module.weight.numel() for module in relaxed.values())
-    made = harden(model, relaxed)
-    assert made.keys() == set(names)
-    stored = sum(8 * model.get_submodule(name).nbytes() for name in names)
-    assert 3 < stored / numbers_of_weights <= 4.0
-    assert torch.isfinite(model(windows[:2]).logits).all()
+    count = sum(module.weight.numel() for module in relaxed.values())
+    assert harden(model, relaxed).keys() == set(names)
+    assert 4 < sum(8 * model.get_submodule(name).nbytes() for name in names) / count <= 4.2
+    return {f"{name}.{part}": t for name in names for part, t in model.get_submodule(name).state_dict().items()}
+
+
+def test_the_loop_trains_it_to_the_average_and_resumes_to_the_same_bytes(tmp_path):
+    whole = through_the_loop(tmp_path / "whole")
+    for stop in (4, 7):  # with noise, and without
+        with pytest.raises(InterruptedError):
+            through_the_loop(tmp_path / "parts", stop)
+    parts = through_the_loop(tmp_path / "parts")
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from tersely.errors import CheckpointError, RecipeError
 from tersely.methods import METHODS
 from tersely.pipeline import run
 from tersely.prepare import prepare
-from tersely.recipe import Calibration, Recipe, MethodStep
+from tersely.recipe import Calibration, MethodStep, Recipe
 from tersely.verify import verify
 
 # What does not tell when and how often a run was interrupted.

@@ -200,6 +200,13 @@ def test_a_refusal_says_why(name, family):
         REWRITES[name]().check(anatomy_of(model), model.config)
 
 
+@pytest.mark.parametrize("name", REWRITES)
+def test_the_one_opt_that_norms_after_its_sublayers_is_refused(name):
+    model = tiny_model("opt", config=changed_config("opt", do_layer_norm_before=False))
+    with pytest.raises(AnatomyError, match="residual stream itself"):
+        REWRITES[name]().check(anatomy_of(model), model.config)
+
+
 def changed_config(family: str, **settings: object) -> PreTrainedConfig:
     config = tiny_config(family)
     for name, value in settings.items():

@@ -5,13 +5,14 @@ Statistics of the dense model are gathered once and serve all rows.  Rows are wr
 stopped goes on with the first row that is missing.
 """
 
+import hashlib
 import json
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import torch
 
 from tersely.errors import RecipeError
 from tersely.journal import commit_text
-from tersely.pipeline import Result, evaluate, load, run, versions
+from tersely.pipeline import Result, evaluate, load, one_step, run, versions
 from tersely.prepare import examine, prepare
-from tersely.recipe import Calibration, MethodStep, Recipe
+from tersely.recipe import STEPS, Calibration, Recipe, recipe_from
+from tersely.report.rows import format_value
 from tersely.sweeps import Progress
 from tersely.text import read_text
 
@@ -30,38 +32,78 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to compress, at several sizes."""
+    """One way to compress, at several sizes; `steps` come before the one that is named."""
 
     method: str
-    allocate: str = "uniform"
-    propagate: str = "none"
+    allocate: str | None = None
+    propagate: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[dict[str, Any], ...] = ()
+    """Plain values of steps before, as in a recipe."""
+    sizes: str | None = "keep"
+    """What its sizes are: keep or bits, or None where the entry has a single size."""
 
-    def step(self, keep: float) -> MethodStep:
-        return MethodStep(self.method, keep=keep, allocate=self.allocate, propagate=self.propagate, options=self.options)  # type: ignore[arg-type]
+    def recipe(self, bench: "Bench", size: float | None) -> Recipe:
+        asked = {"allocate": self.allocate, "propagate": self.propagate}
+        if self.sizes is not None:
+            asked[self.sizes] = size  # type: ignore[assignment]
+        step = one_step(self.method, asked, self.options)
+        plain = {
+            "model": bench.model,
+            "step": [*self.steps, step],
+            "calibration": {k: v for k, v in asdict(bench.calibration).items() if v is not None},
+            "seed": bench.seed,
+            "device": bench.device,
+        }
+        return recipe_from(plain)
 
-    def folder(self, keep: float) -> str:
-        return f"{self.method}-{keep}-{self.allocate}-{self.propagate}"
+    def folder(self, size: float | None) -> str:
+        """A name for the output, unlike that of any other row."""
+        content = json.dumps([self.described(), size], sort_keys=True)
+        return f"{self.method}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     def described(self) -> dict[str, Any]:
-        return {"allocate": self.allocate, "propagate": self.propagate, **self.options}
+        said: dict[str, Any] = {"allocate": self.allocate, "propagate": self.propagate}
+        said = {key: value for key, value in said.items() if value is not None} | self.options
+        return said | ({"after": list(self.steps)} if self.steps else {})
 
 
-LOW_RANK = (
-    Entry("svd"),
-    Entry("asvd"),
-    Entry("svd_llm"),
-    Entry("svd_llm", propagate="block"),
-    Entry("svd_llm", propagate="input"),
-    Entry("svd", "greedy"),
-    Entry("asvd", "greedy"),
-    Entry("svd_llm", "greedy"),
-    Entry("svd_llm", "greedy", "block"),
-    Entry("svd_llm", "greedy", "input"),
+LOW_RANK = tuple(
+    Entry(method, allocate, propagate)
+    for method, allocate, propagate in (
+        ("svd", "uniform", "none"),
+        ("asvd", "uniform", "none"),
+        ("svd_llm", "uniform", "none"),
+        ("svd_llm", "uniform", "block"),
+        ("svd_llm", "uniform", "input"),
+        ("svd", "greedy", "none"),
+        ("asvd", "greedy", "none"),
+        ("svd_llm", "greedy", "none"),
+        ("svd_llm", "greedy", "block"),
+        ("svd_llm", "greedy", "input"),
+        ("svd_llm", "knapsack", "none"),
+        ("svd_llm", "knapsack", "block"),
+    )
 )
-"""The low-rank systems of this release, uniform and greedy."""
+"""The low-rank systems of this release."""
 
-BENCHES = {"low-rank": LOW_RANK}
+WIDTHS = (4, 3, 2)
+
+QUANTIZE = tuple(
+    Entry(method, propagate=propagate, options={"width": width, **options}, sizes=None, steps=steps)
+    for width in WIDTHS
+    for method, propagate, options, steps in (
+        ("rtn", "none", {}, ()),
+        ("rtn", "none", {"grid": "symmetric"}, ()),
+        ("gptq", "none", {}, ()),
+        ("gptq", "input", {}, ()),
+        ("gptq", "input", {}, ({"rewrite": "smooth"},)),
+        ("gptq", "input", {}, ({"rewrite": "rotate"},)),
+    )
+)
+"""The weight-only quantizers of this release, at fixed widths of their codes, alone and after a rewrite."""
+
+BENCHES: dict[str, tuple[Entry, ...]] = {"low-rank": LOW_RANK, "quantize": QUANTIZE}
 
 
 @dataclass(frozen=True)
@@ -88,14 +130,14 @@ def run_bench(
     rows = rows_so_far(file, command)
     work = keep_folders or Path(tempfile.mkdtemp(prefix="tersely-bench-"))
     dense = load(bench.model, device=bench.device)
-    jobs = [(entry, keep) for keep in bench.keeps for entry in bench.entries]
+    jobs = list(_jobs(bench))
     try:
-        for number, (entry, keep) in enumerate(jobs):
-            if not any(_is_row_of(row, entry, keep) for row in rows):
-                out = work / entry.folder(keep)
+        for number, (entry, size) in enumerate(jobs):
+            if not any(_is_row_of(row, entry, size) for row in rows):
+                out = work / entry.folder(size)
                 if out.exists():  # compressed, but stopped before it was evaluated
                     shutil.rmtree(out)
-                result = _compressed(bench, entry, keep, out, work / "statistics")
+                result = _compressed(bench, entry, size, out, work / "statistics")
                 figures = evaluate(
                     out,
                     list(bench.texts),
@@ -105,7 +147,7 @@ def run_bench(
                     device=bench.device,
                     progress=progress,
                 )
-                rows += _rows(entry, keep, result, figures)
+                rows += _rows(entry, size, result, figures)
                 commit_text(file, json.dumps(bench_content(command, rows), indent=1) + "\n")
                 if keep_folders is None:
                     shutil.rmtree(out)
@@ -125,24 +167,32 @@ def check_bench(bench: Bench, file: Path, command: str) -> None:
         read_text(text, "evaluation")
     for source in bench.calibration.source:
         read_text(source, "calibration")
-    for keep in bench.keeps:
+    for entry, size in _jobs(bench):
+        examine(entry.recipe(bench, size), None)
+
+
+def _jobs(bench: Bench) -> Iterator[tuple[Entry, float | None]]:
+    """Every entry at every one of its sizes; those of one size stand together."""
+    for number, keep in enumerate(bench.keeps):
         for entry in bench.entries:
-            examine(Recipe(bench.model, [entry.step(keep)], bench.calibration, device=bench.device), None)
+            if entry.sizes is not None:
+                yield entry, keep
+            elif number == 0:
+                yield entry, None
 
 
-def _compressed(bench: Bench, entry: Entry, keep: float, out: Path, statistics: Path) -> Result:
-    recipe = Recipe(bench.model, [entry.step(keep)], bench.calibration, seed=bench.seed, device=bench.device)
-    return run(prepare(recipe, out), statistics=statistics)
+def _compressed(bench: Bench, entry: Entry, size: float | None, out: Path, statistics: Path) -> Result:
+    return run(prepare(entry.recipe(bench, size), out), statistics=statistics)
 
 
-def _rows(entry: Entry, keep: float, result: Result, figures: dict[str, Any]) -> Iterator[Row]:
+def _rows(entry: Entry, size: float | None, result: Result, figures: dict[str, Any]) -> Iterator[Row]:
     sizes = {row.name: row for row in result.report.rows}
     errors = [site.measured_error for site in result.report.sites if site.measured_error is not None]
     for text in figures["texts"]:
         yield {
             "method": entry.method,
             "options": entry.described(),
-            "keep": keep,
+            **({} if entry.sizes is None else {entry.sizes: size}),
             "text": text["text"],
             "perplexity": text["perplexity"],
             "dense_perplexity": text["dense_perplexity"],
@@ -180,14 +230,15 @@ def rows_so_far(file: Path, command: str) -> list[Row]:
     return list(plain["rows"])
 
 
-def _is_row_of(row: Row, entry: Entry, keep: float) -> bool:
-    return bool(row["method"] == entry.method and row["keep"] == keep and row["options"] == entry.described())
+def _is_row_of(row: Row, entry: Entry, size: float | None) -> bool:
+    of_size = entry.sizes is None or row.get(entry.sizes) == size
+    return bool(row["method"] == entry.method and of_size and row["options"] == entry.described())
 
 
 def markdown(rows: Sequence[Row], command: str) -> str:
-    """One table a text: a line per method, a column per size, perplexity and KL."""
+    """One table a text: a line per way to compress, a column per size, perplexity and KL; then those of a single size,
+    with what they take."""
     lines = [f"Regenerate with `{command}`.", ""]
-    keeps = sorted({row["keep"] for row in rows}, reverse=True)
     for text in dict.fromkeys(row["text"] for row in rows):
         of_text = [row for row in rows if row["text"] == text]
         protocol = of_text[0]["protocol"]
@@ -196,24 +247,46 @@ def markdown(rows: Sequence[Row], command: str) -> str:
             "",
             f"Dense perplexity {of_text[0]['dense_perplexity']:.3f}; {protocol['windows']} windows of "
             f"{protocol['length']}, stride {protocol['stride']}, first token {protocol['first_token'] or 'none'}, "
-            f"{protocol['dtype']}, sha256 {protocol['sha256'][:12]}. Cells: perplexity (KL to dense, nats per token).",
+            f"{protocol['dtype']}, sha256 {protocol['sha256'][:12]}. KL to dense in nats per token.",
             "",
-            "| method | allocate | propagate |" + "".join(f" keep {keep} |" for keep in keeps),
-            "|---|---|---|" + "--:|" * len(keeps),
         ]
-        ways = dict.fromkeys(
-            (row["method"], row["options"]["allocate"], row["options"]["propagate"]) for row in of_text
-        )
-        for method, allocate, propagate in ways:
-            cells = []
-            for keep in keeps:
-                found = [
-                    row
-                    for row in of_text
-                    if (row["method"], row["options"]["allocate"], row["options"]["propagate"], row["keep"])
-                    == (method, allocate, propagate, keep)
-                ]
-                cells.append(f" {found[0]['perplexity']:.2f} ({found[0]['kl']:.3f}) |" if found else " |")
-            lines.append(f"| {method} | {allocate} | {propagate} |" + "".join(cells))
-        lines.append("")
+        sized = [row for row in of_text if "keep" in row]
+        lines += _by_size(sized) if sized else []
+        single = [row for row in of_text if "keep" not in row]
+        lines += _one_by_one(single) if single else []
     return "\n".join(lines)
+
+
+def _by_size(rows: Sequence[Row]) -> list[str]:
+    keeps = sorted({row["keep"] for row in rows}, reverse=True)
+    lines = ["| way |" + "".join(f" keep {keep} |" for keep in keeps), "|---|" + "--:|" * len(keeps)]
+    for way in dict.fromkeys(_way(row) for row in rows):
+        cells = []
+        for keep in keeps:
+            found = [row for row in rows if _way(row) == way and row["keep"] == keep]
+            cells.append(f" {found[0]['perplexity']:.2f} ({found[0]['kl']:.3f}) |" if found else " |")
+        lines.append(f"| {way} |" + "".join(cells))
+    return [*lines, ""]
+
+
+def _one_by_one(rows: Sequence[Row]) -> list[str]:
+    lines = ["| way | bits per weight | folder | perplexity | KL | seconds |", "|---|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        lines.append(
+            f"| {_way(row)} | {row['bits_per_weight']:.3f} | {format_value(row['bytes'], 'bytes')} | "
+            f"{row['perplexity']:.2f} | {row['kl']:.4f} | {row['seconds']:.1f} |"
+        )
+    return [*lines, ""]
+
+
+def _way(row: Row) -> str:
+    """A row's method and what distinguishes it from others of that method."""
+    options = dict(row["options"])
+    before = [_name_of(step) for step in options.pop("after", [])]
+    said = [str(options.pop(key)) for key in ("allocate", "propagate") if key in options]
+    said += [f"{key} {value}" for key, value in options.items()]
+    return " → ".join([*before, row["method"]]) + (f" ({', '.join(said)})" if said else "")
+
+
+def _name_of(step: dict[str, Any]) -> str:
+    return str(next(step[verb] for verb in STEPS if verb in step))

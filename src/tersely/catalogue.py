@@ -54,20 +54,23 @@ def catalogue_text() -> str:
         lines += ["", f"{key} ({use})"]
         for entry in content[key]:
             options = ", ".join(f"{o['name']} = {o['default']!r}" for o in entry["options"]) or "none"
-            lines += [
-                f"  {entry['name']:12}{entry['summary']}",
-                f"{'':14}needs {', '.join(entry['needs']) or 'no calibration'}; options: {options}",
-                f"{'':14}{entry['paper']}",
-            ]
+            needs = f"needs {', '.join(entry['needs']) or 'no calibration'}; options: {options}"
+            head = textwrap.wrap(f"  {entry['name']:12}{entry['summary']}", 118, subsequent_indent=" " * 16)
+            lines += [*head, *_indented(needs), *_indented(entry["paper"])]
     for key, use in PLAIN_SECTIONS.items():
         lines += ["", f"{key} ({use})"]
-        lines += [f"  {entry['name']:12}{entry['summary']}" for entry in content[key]]
+        for entry in content[key]:
+            lines += textwrap.wrap(f"  {entry['name']:12}{entry['summary']}", 118, subsequent_indent=" " * 16)
     lines += [
         "",
         "model families",
         *textwrap.wrap(", ".join(content["families"]), 78, initial_indent="  ", subsequent_indent="  "),
     ]
     return "\n".join(lines[1:])
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, 118, initial_indent=" " * 14, subsequent_indent=" " * 16)
 
 
 def methods_page() -> str:

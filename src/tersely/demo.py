@@ -17,9 +17,9 @@ from tersely.sweeps import Progress
 
 KEEPS = (0.8, 0.6)
 ENTRIES = (
-    Entry("svd"),
-    Entry("asvd"),
-    Entry("svd_llm", propagate="block"),
+    Entry("svd", "uniform", "none"),
+    Entry("asvd", "uniform", "none"),
+    Entry("svd_llm", "uniform", "block"),
     Entry("svd_llm", "greedy", "block"),
 )
 WINDOWS = 128

@@ -13,6 +13,7 @@ from tersely.checkpoint import Source
 from tersely.errors import AnatomyError, RecipeError
 from tersely.methods import METHODS
 from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
+from tersely.steps.compressing import budget_bytes, targets_of
 from tersely.tables import build_allocator
 
 
@@ -22,6 +23,7 @@ class Outlook:
     def __init__(self, anatomy: Anatomy, source: Source) -> None:
         self._anatomy = anatomy
         self._source = source
+        self._untouched = {site.name for site in anatomy.sites}
         self._used: dict[str, str] = {}
         """Site → what left nothing of it."""
 
@@ -53,15 +55,18 @@ class Outlook:
         if step.base is not None and step.method not in METHODS:
             raise RecipeError(f"step {step.name!r}: a base goes with methods on single linears")
         if step.method in METHODS:
-            self._replace(self._anatomy.select(step.target), built.leaves, step.name)
-            return
-        units = self._anatomy.select_units(step.target, built.roles)
-        for unit in units:
-            built.check(unit)
-        self._replace([site for unit in units for site in unit.sites.values()], ("dense",), step.name)
+            sites = list(self._anatomy.select(step.target))
+            leaves = built.leaves
+        else:
+            units = self._anatomy.select_units(step.target, built.roles)
+            sites, leaves = [site for unit in units for site in unit.sites.values()], ("dense",)
+        if all(site.name in self._untouched for site in sites):  # else nobody knows how many bytes there will be
+            budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)
+        self._replace(sites, leaves, step.name)
 
     def _replace(self, sites: "tuple[Site, ...] | list[Site]", leaves: tuple[str, ...], name: str) -> None:
         chosen = {site.name for site in sites}
+        self._untouched -= chosen
         if not leaves:
             self._used |= dict.fromkeys(chosen, name)
 

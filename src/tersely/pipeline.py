@@ -20,8 +20,9 @@ from tersely.errors import RecipeError, TerselyError
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation.memory import peak_memory
 from tersely.journal import Journal, commit_text
+from tersely.kinds import LinearKind
 from tersely.prepare import Prepared, check_device, prepare
-from tersely.recipe import Calibration, parse_size, read_recipe, recipe_from, verb_of
+from tersely.recipe import Calibration, MethodStep, Step, parse_size, read_recipe, recipe_from, verb_of
 from tersely.report.card import model_card
 from tersely.report.page import page
 from tersely.report.rows import Report, Row, size_rows
@@ -211,7 +212,7 @@ def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Res
         done = run_step(step, _scene(prepared, number, source, statistics, progress))
         results.append(done)
         if not (target / "config.json").exists():  # written last: with it the step is done
-            _write(target, source, done, parse_size(recipe.shard_size))
+            _write(target, source, step, done, parse_size(recipe.shard_size))
         if done.base is None:
             source = open_source(target, trust_remote_code=recipe.trust_remote_code)
         else:
@@ -226,12 +227,14 @@ def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Res
     return Result(out, report)
 
 
-def _write(folder: Path, source: Source, done: Done, shard_bytes: int) -> None:
+def _write(folder: Path, source: Source, step: Step, done: Done, shard_bytes: int) -> None:
     if done.base is None:
         write_model(folder, source, done.edit, shard_bytes)
-    else:
-        updates = {name: made.below("terms.1") for name, made in done.edit.replaced.items()}
-        write_delta(folder, source, done.base, updates, shard_bytes=shard_bytes)
+        return
+    assert isinstance(step, MethodStep) and step.base is not None  # no other step has a base
+    updates = {name: made.below("terms.1") for name, made in done.edit.replaced.items()}
+    hub = None if Path(step.base).expanduser().is_dir() else step.base
+    write_delta(folder, source, done.base, updates, base_name=hub, shard_bytes=shard_bytes)
 
 
 def _effect(prepared: Prepared, number: int, done: Done, source: Source, progress: Progress) -> dict[str, Any]:
@@ -338,7 +341,13 @@ def _sizes(prepared: Prepared, targets: Sequence[str], result: Source) -> list[R
         return sum(source.stored_bytes(name) for name in ours if not name.endswith(".bias"))
 
     def parameters(source: Source) -> int:
-        return sum(source.elements(name) for name in source.stored)
+        packed = {
+            f"{name}.": module.out_features * module.in_features
+            for name, module in source.skeleton().named_modules()
+            if isinstance(module, LinearKind) and module.packed
+        }
+        codes = [n for n in source.stored if n.startswith(tuple(packed)) and not n.endswith(".bias")]
+        return sum(packed.values()) + sum(source.elements(name) for name in source.stored.keys() - set(codes))
 
     weights = sum(s.out_features * s.in_features for s in prepared.anatomy.sites if s.name in set(targets))
     before = prepared.source

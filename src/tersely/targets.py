@@ -107,7 +107,7 @@ class SiteTarget(Target):
     ) -> dict[str, Kind]:
         kind = self.method.compress(self._weight(weights), stats.get(self.site.reads, Stats()), amount)
         if self.base is not None:
-            kind = SumLinear.of([_linear(self.base), kind])
+            kind = SumLinear.of([_linear(self.base), kind.to(weights[self.name].dtype)])
         if self.name in biases:
             kind.set_bias(biases[self.name])
         return {self.name: kind}

@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tersely.anatomy import model_class
-from tersely.checkpoint import load_with_report, open_source, read_config, read_tokenizer
+from tersely.checkpoint import load_with_report, read_config, read_tokenizer
+from tersely.deltas.folder import open_any
 from tersely.errors import CheckpointError, TerselyError
 from tersely.hf import read_manifest
 from tersely.journal import FOLDER
@@ -83,7 +84,7 @@ def _checksums(folder: Path) -> str:
 def _manifest(folder: Path) -> str:
     config = read_config(folder)
     manifest = read_manifest(config.quantization_config) if getattr(config, "quantization_config", None) else {}
-    built = manifest_of(open_source(folder).skeleton())
+    built = manifest_of(open_any(folder).skeleton())
     if built != manifest:
         differing = sorted(name for name in {*built, *manifest} if built.get(name) != manifest.get(name))
         raise CheckpointError(f"modules do not rebuild as described: {', '.join(differing[:5])}")
@@ -91,7 +92,7 @@ def _manifest(folder: Path) -> str:
 
 
 def _weights(folder: Path) -> str:
-    source = open_source(folder)
+    source = open_any(folder)
     source.check_weights()
     return f"{len(source.stored)} tensors, all finite"
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tersely.cli.application import LOOK, app, console, use_threads, working
+from tersely.cli.application import LOOK, app, console, use_threads
 from tersely.cli.asking import Asked
 from tersely.cli.flags import (
     Bits,
@@ -86,6 +86,7 @@ def diagnose(
     seed: Seed = None,
     device: Device = None,
     threads: Threads = None,
+    revision: Revision = None,
 ) -> None:
     """Spectra, outliers, attention dynamics: what a model is like before anything is done to it."""
     from tersely.diagnose import DIAGNOSES
@@ -100,8 +101,16 @@ def diagnose(
             raise RecipeError(unknown("diagnosis", name, DIAGNOSES))
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise RecipeError(f"--json {json_file}: no such folder; make it first")
-    with working():
-        found = run(model, asked, text or ["stdlib"], samples or 16, length, seed or 0, device or "cpu")
+    found = run(
+        model,
+        asked,
+        text or ["stdlib"],
+        samples=samples or 32,
+        length=length,
+        seed=seed or 0,
+        device=device or "cpu",
+        revision=revision,
+    )
     if json_file is not None:
         commit_text(json_file, json.dumps(found, indent=1) + "\n")
     for name, rows in found.items():

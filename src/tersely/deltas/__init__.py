@@ -20,9 +20,9 @@ from tersely.deltas.folder import (
     base_record,
     check_pair,
     digest,
+    open_any,
     open_base,
     open_delta,
-    open_any,
     write_delta,
 )
 from tersely.deltas.serving import choose, load_deltas

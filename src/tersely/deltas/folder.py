@@ -169,7 +169,7 @@ def open_delta(folder: Path) -> Source:
 
 
 def open_any(folder: Path, *, dtype: str | None = None) -> Source:
-    """A model folder under the modules' own names: an ordinary one, a delta, or one that is stored under other names."""
+    """A model folder under the names of its modules: an ordinary one, a delta, or one stored under other names."""
     if base_record(read_config(folder)) is not None:
         return open_delta(folder)
     try:

@@ -115,7 +115,7 @@ def look(subject: Subject) -> list[Row]:
     """Outliers of every input, every projection and every block."""
     rows = []
     for seen in subject.blocks([AbsMax, Moments, Tokens], [Tokens]):
-        rows += _channels(seen) + _spikes(seen) + _tokens(seen, subject)
+        rows += _channels(seen) + spikes(seen) + _tokens(seen, subject)
     return rows
 
 
@@ -131,7 +131,8 @@ def _channels(seen: Seen) -> list[Row]:
     return rows
 
 
-def _spikes(seen: Seen) -> list[Row]:
+def spikes(seen: Seen) -> list[Row]:
+    """Of the projections of one block."""
     rows = []
     for site in seen.sites:
         read = seen.inputs[site.reads][Tokens].mean()[:, 0]

@@ -1,17 +1,17 @@
 """What a part of a model can become.
 
 A kind is an `nn.Module` that describes itself in plain values (`spec`), is rebuilt from them on any device
-(`from_spec`) and knows its bytes; a linear kind can also say which dense weight it stands for.  Kinds nest: the children
-of a kind may be kinds, each with an entry of its own in the manifest, the outer one first.
+(`from_spec`) and knows its bytes; a linear kind can also say which dense weight it stands for.  Kinds nest: the
+children of a kind may be kinds, each with an entry of its own in the manifest, the outer one first.
 
-Every linear kind reserves the stock name ``weight`` with a tensor of no elements.  A reader that knows nothing of tersely
-finds the name it expects with an impossible shape, and refuses the checkpoint; without this guard transformers would
-warn about an unknown quantization method, fill the weight with random numbers, and go on.  It costs no bytes but its
-name in the header.
+Every linear kind reserves the stock name ``weight`` with a tensor of no elements.  A reader that knows nothing of
+tersely finds the name it expects with an impossible shape, and refuses the checkpoint; without this guard transformers
+would warn about an unknown quantization method, fill the weight with random numbers, and go on.  It costs no bytes but
+its name in the header.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,8 @@ class LinearKind(Kind):
     """y = x W'ᵀ + b for some compressed W' of shape ``[out_features, in_features]``."""
 
     weight: Tensor
+    packed: ClassVar[bool] = False
+    """Its tensors are codes, several or parts of one to an element: parameters are counted by what they stand for."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ none.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, UInt8
@@ -38,6 +38,7 @@ class QuantizedLinear(LinearKind):
     """W' = (codes - zeros) · scales, group by group."""
 
     name = "quantized"
+    packed: ClassVar[bool] = True
 
     codes: Tensor
     scales: Tensor

@@ -11,8 +11,8 @@ and multiples of four.  Three constructions cover nearly all widths that models 
 
 where Q holds Legendre symbols, Q_ij = χ(j - i): 1 for squares modulo p, -1 for the rest, 0 on the diagonal.  A product
 order takes the Kronecker product, so n = k · 2ᵐ needs a Paley matrix of one order k only.  Orders without one (6, 52,
-…), or only with a very large one (11008 = 43 · 256), take the discrete Hartley matrix of their odd part, cas(2π jk / n) / √n with cas = cos + sin:
-orthogonal, symmetric, and with no entry above √2/√n still nearly flat.
+…), or only with a very large one (11008 = 43 · 256), take the discrete Hartley matrix of their odd part n,
+cas(2π jk / n) / √n with cas = cos + sin: orthogonal, symmetric, and with no entry above √2/√n still nearly flat.
 
 A Kronecker product is never multiplied out: a vector of length n is folded into a box with one axis for each factor,
 and each factor acts along its own axis.  With powers of two in factors of at most 64 that is a few passes over the
@@ -69,8 +69,8 @@ class Rotation:
 def random_rotation(
     order: int, generator: torch.Generator, *, keep_mean: bool = False, hadamard: bool = True
 ) -> Rotation:
-    """A rotation with random signs; with `hadamard=False`, one of a basis drawn evenly from all orthogonal ones, for
-    comparison: as good at spreading on average, but without a bound for a single channel, and slow."""
+    """A rotation with random signs; with `hadamard=False` in a basis drawn at random, for comparison: it spreads as
+    well on average, but without a bound for a single channel, and is slow."""
     factors = flat_factors(order) if hadamard else (_random_basis(order, generator),)
     signs = torch.randint(0, 2, (order,), generator=generator).double() * 2 - 1
     if keep_mean:

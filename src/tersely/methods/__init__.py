@@ -1,6 +1,7 @@
 """The methods, by their names in recipes."""
 
 from tersely.methods.base import Method, UnitMethod
+from tersely.methods.delta.delta_come import DeltaCoMe
 from tersely.methods.low_rank.asvd import ChannelScaledSVD
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
@@ -10,6 +11,7 @@ from tersely.methods.quantize.rtn import RoundToNearest
 
 METHODS: dict[str, type[Method]] = {
     "asvd": ChannelScaledSVD,
+    "delta_come": DeltaCoMe,
     "gptq": GPTQ,
     "rtn": RoundToNearest,
     "svd": PlainSVD,

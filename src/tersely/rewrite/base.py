@@ -35,6 +35,9 @@ class Rewrite(Protocol):
     def check(self, anatomy: Anatomy, config: "PreTrainedConfig") -> None:
         """Raises AnatomyError with the reason where the rewrite does not apply to the model."""
 
+    def left_alone(self, anatomy: Anatomy) -> dict[str, str]:
+        """What it could change and does not: path → reason, for the report."""
+
     def settings(self, anatomy: Anatomy) -> dict[str, Any]:
         """What has to change in the configuration, such as ``{"tie_word_embeddings": False}``."""
 

@@ -72,7 +72,7 @@ class Rotate:
     """Rotate the channels of each value head as well, between v and o."""
 
     basis: str = "hadamard"
-    """``hadamard``: as flat as can be, and fast; ``orthogonal``: drawn evenly from all, for comparison, and slow."""
+    """``hadamard``: as flat as can be, and fast; ``orthogonal``: drawn at random, for comparison, and slow."""
 
     paper: ClassVar[str] = (
         "Ashkboos et al., 2024, QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs (arXiv 2404.00456)"
@@ -103,7 +103,8 @@ class Rotate:
         known = {anatomy.head, *_experts(anatomy)}
         for kept in anatomy.kept:
             if kept.name not in known:
-                raise refuse(f"{kept.name} ({kept.reason}) may read or write it; rotate before other steps")
+                hint = "; rotate before other steps" if kept.reason.startswith("already") else ""
+                raise refuse(f"{kept.name} ({kept.reason}) may read or write it{hint}")
         for index, block in enumerate(anatomy.blocks):
             found = {unit.role for unit in anatomy.units if unit.block == index}
             if experts_at(anatomy, block, EXPERT_READERS):
@@ -111,6 +112,9 @@ class Rotate:
             for role in ("attention", "mlp"):
                 if role not in found:
                     raise refuse(f"a linear in the {role} of {block} has been replaced; rotate before other steps")
+
+    def left_alone(self, anatomy: Anatomy) -> dict[str, str]:
+        return {}
 
     def settings(self, anatomy: Anatomy) -> dict[str, Any]:
         return {"tie_word_embeddings": False} if _is_tied(anatomy) else {}

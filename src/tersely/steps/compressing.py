@@ -8,9 +8,9 @@ from tersely.allocate import Curve
 from tersely.anatomy import Anatomy, Unit
 from tersely.cache import CACHES
 from tersely.calibrate import StatisticsStore
-from tersely.checkpoint import Edit, Source, State, carried_files, locate, open_source
+from tersely.checkpoint import Edit, Source, State, carried_files, locate
 from tersely.convert import AttentionSettings, attention_settings, norm_tensors
-from tersely.deltas.folder import check_pair
+from tersely.deltas.folder import check_pair, open_any
 from tersely.errors import RecipeError
 from tersely.methods import METHODS
 from tersely.recipe import CacheStep, MethodStep
@@ -58,7 +58,7 @@ def base_of(step: MethodStep | CacheStep, source: Source) -> Source | None:
     """The other checkpoint of a step on differences.  Raises CheckpointError unless it is of the same architecture."""
     if not isinstance(step, MethodStep) or step.base is None:
         return None
-    base = open_source(locate(step.base), dtype=str(source.dtype).removeprefix("torch."))
+    base = open_any(locate(step.base), dtype=str(source.dtype).removeprefix("torch."))
     check_pair(source, base)
     return base
 

@@ -40,7 +40,12 @@ def run(step: RewriteStep, scene: Scene) -> Done:
         changed |= _unit(scene, unit, lambda i=index, s=stats: _block(rewrite, scene, i, s))  # type: ignore[misc]
         scene.progress("rewriting", index + 1, count)
     settings = rewrite.settings(scene.anatomy)
-    return Done(Edit(changed=changed, settings=settings), (), seconds={"rewrite": time.perf_counter() - begun})
+    return Done(
+        Edit(changed=changed, settings=settings),
+        (),
+        seconds={"rewrite": time.perf_counter() - begun},
+        figures={"left_alone": rewrite.left_alone(scene.anatomy)},
+    )
 
 
 def _unit(scene: Scene, name: str, make: Callable[[], Mapping[str, Tensor]]) -> State:

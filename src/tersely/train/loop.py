@@ -210,8 +210,9 @@ class _Run:
             total += self._backward(share * sum(losses.values()) / len(losses), done)
         if job.trained.relaxed:
             total += self._backward(self._price(), done)
-        if job.training.clip:
-            self._accelerator.clip_grad_norm_(job.trained.parameters().values(), job.training.clip)
+        limit = job.training.clip or math.inf
+        norm = self._accelerator.clip_grad_norm_(list(job.trained.parameters().values()), limit)
+        _require_finite("norm of the gradient", float(norm), done)
         optimizer.step()
         optimizer.zero_grad()
         self._losses.append(self._mean(total))
@@ -230,10 +231,7 @@ class _Run:
 
     def _backward(self, loss: Tensor, done: int) -> float:
         value = loss.item()
-        if not math.isfinite(value):
-            raise NumericalError(
-                f"step {done + 1} of training: the loss is {value}; choose a lower rate, or a longer warm-up"
-            )
+        _require_finite("loss", value, done)
         if loss.requires_grad:  # a price may depend on nothing that trains
             self._accelerator.backward(loss)
         return value
@@ -241,7 +239,7 @@ class _Run:
     def _losses_of(self, model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
         job, tokens = self._job, tokens.to(self._device)
         taught = None
-        if job.teacher is not None:
+        if job.teacher is not None and any(objective.teaches for objective in job.objectives.values()):
             with torch.no_grad():
                 taught = job.teacher(tokens, use_cache=False)
         given = model(tokens, use_cache=False)
@@ -264,7 +262,10 @@ class _Run:
         losses = {name: self._mean(total) * processes / len(job.held_out) for name, total in sums.items()}
         done = len(self._losses)
         if not all(map(math.isfinite, losses.values())):
-            raise NumericalError(f"after {done} steps the losses of the held-out windows are {losses}; check the model")
+            raise NumericalError(
+                f"after {done} steps of training the held-out windows have the losses {losses}; "
+                + ("choose a lower rate" if done else "the model is broken before it trains")
+            )
         self._measured.append(Measured(done, losses))
         if job.training.patience and self._best_at().step == done:
             self._best = {name: tensor.clone() for name, tensor in job.trained.tensors().items()}
@@ -291,8 +292,7 @@ class _Run:
         tensors["measured"] = torch.tensor(rows, dtype=torch.float64)
         tensors["identity"] = job.identity(self._seed)
         if self._accelerator.is_main_process:
-            # a parameter and its copy of the best step may be one tensor, which safetensors would refuse
-            self._journal.write_tensors(self._unit, {name: tensor.clone() for name, tensor in tensors.items()})
+            self._journal.write_tensors(self._unit, tensors)
         self._accelerator.wait_for_everyone()
 
     def _restore(self, kept: Mapping[str, Tensor]) -> None:
@@ -316,6 +316,13 @@ class _Run:
         self._measured = [
             Measured(int(step), dict(zip(names, losses, strict=True))) for step, *losses in kept["measured"].tolist()
         ]
+
+
+def _require_finite(what: str, value: float, done: int) -> None:
+    if not math.isfinite(value):
+        raise NumericalError(
+            f"step {done + 1} of training: the {what} is {value}; choose a lower rate, or a longer warm-up"
+        )
 
 
 def _check(objectives: Mapping[str, Objective], windows: Tensor, teacher: nn.Module | None, model: nn.Module) -> None:

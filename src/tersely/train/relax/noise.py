@@ -113,9 +113,11 @@ class PseudoNoise:
     def budget(self, modules: Sequence[Relaxed], bits: float | None) -> Tensor:
         """The price; and modules whose widths are not fixed yet are told the whole ones that hardening would give.
 
-        Raises RecipeError for an average that the least widths exceed.
+        Raises RecipeError for an average that the least widths exceed, and for none at all where widths can differ.
         """
         ours = [module for module in modules if isinstance(module, NoisyLinear)]
+        if bits is None and self.min_bits < self.max_bits:
+            raise RecipeError("nipq learns widths under a budget; say bits, the average that they have to reach")
         if bits is None or not ours:
             return modules[0].bits().new_zeros(())
         sides = [(_Side.of_weights(ours), bits)]
