@@ -76,7 +76,8 @@ def test_list_prints_json_that_reads_back(capsys):
 
 
 def test_field_docstrings_belong_to_the_field_before_them():
-    assert field_docstrings(TABLES["method"]["svd_llm"])["damping"].startswith("Added to the diagonal of the Gram matrix")
+    said = field_docstrings(TABLES["method"]["svd_llm"])
+    assert said["damping"].startswith("Added to the diagonal of the Gram matrix")
 
 
 # --- estimates --------------------------------------------------------------------------------------------------------

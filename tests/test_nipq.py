@@ -323,7 +323,7 @@ def several(asked: PseudoNoise) -> list[NoisyLinear]:
 
 @pytest.mark.parametrize("bits", [3.2, 4.0, 6.7])
 def test_the_price_alone_brings_both_averages_to_what_was_asked(bits):
-    asked = PseudoNoise()
+    asked = PseudoNoise(start=5)
     modules = several(asked)
     optimizer = torch.optim.Adam([p for module in modules for p in module.groups()["quantizers"]], lr=0.05)
     for _ in range(100):
@@ -340,7 +340,7 @@ def test_the_price_alone_brings_both_averages_to_what_was_asked(bits):
 @pytest.mark.parametrize("bits", [3.9, 4.0, 5.13, 8.0])
 @pytest.mark.parametrize("start", [3, 5, 7.5])
 def test_the_stored_average_is_the_asked_one_within_a_step(bits, start):
-    """Whatever was learned, and without a further step of training."""
+    """Whatever was learned, and without a step of training."""
     asked = PseudoNoise(start=start)
     modules = several(asked)
     with torch.no_grad():
@@ -393,6 +393,17 @@ def test_whole_widths_that_fit_exactly_are_the_learned_ones_rounded():
     assert whole_widths([3.2, 4.9, 4.4], stored, 120, range(2, 9)) == [3, 5, 4]
     assert whole_widths([3.2, 4.9, 4.4], stored, 110, range(2, 9)) == [3, 4, 4]  # 4.9 was raised most
     assert whole_widths([3.2, 4.9, 4.4], stored, 130, range(2, 9)) == [3, 5, 5]  # 4.4 was lowered most
+
+
+def test_widths_begin_at_the_average_and_are_moved_there_once():
+    asked = PseudoNoise()
+    modules = several(asked)
+    assert asked.budget(modules, 4.3).item() == pytest.approx(0, abs=1e-6)
+    assert len({module.of_weight.width().item() for module in modules}) == 1
+    assert modules[0].of_input.width().item() == pytest.approx(4.3)
+    modules[0].of_weight.raw_width.data.add_(1)
+    asked.budget(modules, 4.3)
+    assert modules[0].of_weight.width().item() > 5
 
 
 def test_settled_widths_stay_when_the_noise_is_off():

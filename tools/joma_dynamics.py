@@ -84,8 +84,10 @@ def course(model: LlamaForCausalLM, windows: Tensor, training: Training, checkpo
 
 
 def summary(rows: list[dict], layer: int) -> dict:
-    """Start, minimum and end of the entropy of a layer.  It fell and rose again by so much of the fall."""
+    """How a layer went.  The largest rise of the entropy is that over an earlier measurement, for good or not; the
+    share of the fall that is recovered counts what is left of it at the end."""
     entropy = [row["entropy"][layer] for row in rows]
+    ranks = [row["stable_rank"][layer] for row in rows]
     least = min(range(len(entropy)), key=entropy.__getitem__)
     fell = entropy[0] - entropy[least]
     return {
@@ -94,24 +96,25 @@ def summary(rows: list[dict], layer: int) -> dict:
         "minimum_step": rows[least]["step"],
         "end": entropy[-1],
         "recovered": (entropy[-1] - entropy[least]) / fell if fell > 0 else 0.0,
-        "stable_rank": [rows[0]["stable_rank"][layer], rows[-1]["stable_rank"][layer]],
+        "largest_rise": max(later - min(entropy[: at + 1]) for at, later in enumerate(entropy)),
+        "stable_rank": [ranks[0], min(ranks), ranks[-1]],
     }
 
 
 def markdown(result: dict) -> str:
     lines = [
-        "| rate | layer | entropy at the start | least (step) | at the end | of the fall recovered | stable rank |"
-        " held-out loss |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| rate | layer | entropy at the start | least (step) | at the end | of the fall recovered | largest rise |"
+        " stable rank: start, least, end | held-out loss |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for run in result["runs"]:
         before, after = run["held_out_loss"]
         for layer, found in enumerate(run["layers"]):
-            rank = found["stable_rank"]
+            ranks = ", ".join(f"{rank:.1f}" for rank in found["stable_rank"])
             lines.append(
                 f"| {run['rate']:g} | {layer} | {found['start']:.3f} | {found['minimum']:.3f} "
                 f"({found['minimum_step']}) | {found['end']:.3f} | {100 * found['recovered']:.0f} % | "
-                f"{rank[0]:.1f} → {rank[1]:.1f} | {before:.2f} → {after:.2f} |"
+                f"{found['largest_rise']:.3f} | {ranks} | {before:.2f} → {after:.2f} |"
             )
     return f"`{result['command']}`\n\n" + "\n".join(lines) + "\n"
 

@@ -20,11 +20,12 @@ import torch
 
 from tersely.errors import RecipeError
 from tersely.journal import commit_text
-from tersely.pipeline import Result, evaluate, load, one_step, run, versions
+from tersely.pipeline import Result, evaluate, load, run, versions
 from tersely.prepare import examine, prepare
-from tersely.recipe import STEPS, Calibration, Recipe, recipe_from
+from tersely.recipe import STEPS, Calibration, Recipe, plain_step, recipe_from
 from tersely.report.rows import format_value
 from tersely.sweeps import Progress
+from tersely.tables import verb_for
 from tersely.text import read_text
 
 Row = dict[str, Any]
@@ -47,7 +48,7 @@ class Entry:
         asked = {"allocate": self.allocate, "propagate": self.propagate}
         if self.sizes is not None:
             asked[self.sizes] = size  # type: ignore[assignment]
-        step = one_step(self.method, asked, self.options)
+        step = plain_step(verb_for(self.method), self.method, asked | self.options)
         plain = {
             "model": bench.model,
             "step": [*self.steps, step],
@@ -103,7 +104,42 @@ QUANTIZE = tuple(
 )
 """The weight-only quantizers of this release, at fixed widths of their codes, alone and after a rewrite."""
 
-BENCHES: dict[str, tuple[Entry, ...]] = {"low-rank": LOW_RANK, "quantize": QUANTIZE}
+FACTORS = {"method": "svd_llm", "keep": 0.6}
+HEAL = {"objective": ["logits"], "tokens": 300_000, "rate": 2e-3, "options": {"rank": 8}}
+TUNE = {"train": ["tokens"], "relax": "full", "tokens": 300_000, "rate": 5e-4}
+
+SHAPES = (
+    *(Entry("stat", options={"target": ["mlp"], "keep": keep}, sizes=None) for keep in (0.9, 0.75, 0.5)),
+    *(
+        Entry("latent", options={"keep": keep, "metric": metric}, sizes=None)
+        for keep in (0.5, 0.25)
+        for metric in ("channels", "gram")
+    ),
+    Entry("fope", sizes=None),
+    Entry("full", options={"tokens": 300_000, "rate": 5e-4}, sizes=None, steps=({"convert": "fope"},)),
+    *(Entry("mixed", options={"bits": bits, "allocate": "knapsack"}, sizes=None) for bits in (4.0, 3.0, 2.5)),
+    *(Entry("mixed", options={"bits": bits, "allocate": "greedy"}, sizes=None) for bits in (4.0, 3.0, 2.5)),
+    Entry("svd_llm", options={"keep": 0.6}, sizes=None),
+    Entry("adapter", options=HEAL, sizes=None, steps=(FACTORS,)),
+    Entry("kasa", options=HEAL | {"options": {"rank": 8, "truncate": False}}, sizes=None, steps=(FACTORS,)),
+    *(
+        Entry("nipq", options={"bits": bits, "tokens": 300_000, "activations": False}, sizes=None)
+        for bits in (4.0, 3.0)
+    ),
+    Entry(
+        "adapter",
+        options=HEAL | {"options": {"rank": 4}},
+        sizes=None,
+        steps=(
+            {"rewrite": "smooth"},
+            {"method": "svd_llm", "keep": 0.8},
+            {"method": "gptq", "target": ["*.down", "*.up"], "width": 4, "propagate": "input"},
+        ),
+    ),
+)
+"""One system of every shape: units, caches, conversions, relaxations, mixed options, and all of them in a row."""
+
+BENCHES: dict[str, tuple[Entry, ...]] = {"low-rank": LOW_RANK, "quantize": QUANTIZE, "shapes": SHAPES}
 
 
 @dataclass(frozen=True)
@@ -206,11 +242,20 @@ def _rows(entry: Entry, size: float | None, result: Result, figures: dict[str, A
             "seconds": result.report.seconds["everything"],
             # the first row that needs a statistic pays for its replay; the stages tell what a method itself takes
             "stages": result.report.seconds,
-            "trained_on": None,
+            "trained_on": _trained_on(result),
             "protocol": {
                 key: text[key] for key in ("sha256", "length", "stride", "first_token", "dtype", "windows", "tokens")
             },
         }
+
+
+def _trained_on(result: Result) -> list[str] | None:
+    """The texts that a row's weights saw in training; None where nothing was trained."""
+    steps = [step for step in result.report.recipe["step"] if "train" in step]
+    if not steps:
+        return None
+    sources = result.report.recipe["calibration"]["source"]
+    return sorted({text for step in steps for text in step["text"] or sources})
 
 
 def bench_content(command: str, rows: list[Row]) -> dict[str, Any]:

@@ -52,6 +52,8 @@ class Outlook:
 
     def _check_method(self, step: MethodStep, built: Any) -> None:
         build_allocator(step.allocate)
+        if step.base is None and getattr(built, "needs_base", False):
+            raise RecipeError(f"step {step.name!r} compresses the difference to another checkpoint; name it as base")
         if step.base is not None and step.method not in METHODS:
             raise RecipeError(f"step {step.name!r}: a base goes with methods on single linears")
         if step.method in METHODS:

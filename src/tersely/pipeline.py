@@ -22,7 +22,7 @@ from tersely.evaluation.memory import peak_memory
 from tersely.journal import Journal, commit_text
 from tersely.kinds import LinearKind
 from tersely.prepare import Prepared, check_device, prepare
-from tersely.recipe import Calibration, MethodStep, Step, parse_size, read_recipe, recipe_from, verb_of
+from tersely.recipe import Calibration, MethodStep, Step, parse_size, plain_step, read_recipe, recipe_from, verb_of
 from tersely.report.card import model_card
 from tersely.report.page import page
 from tersely.report.rows import Report, Row, size_rows
@@ -77,29 +77,21 @@ def compress(
     is given, none where the method's own fields say how small.  With `base` the difference to that checkpoint is
     compressed.  `options` are the method's own fields.  Raises TerselyError with nothing written for a bad request.
     """
-    step = one_step(
-        method,
-        {
-            "keep": keep,
-            "bits": bits,
-            "size": size,
-            "base": base,
-            "target": list(target) if target is not None else None,
-            "allocate": allocate,
-            "propagate": propagate,
-        },
-        options or {},
-    )
+    said = {
+        "keep": keep,
+        "bits": bits,
+        "size": size,
+        "base": base,
+        "target": list(target) if target is not None else None,
+        "allocate": allocate,
+        "propagate": propagate,
+        "options": dict(options or {}),
+    }
+    step = plain_step(verb_for(method), method, said)
     calibration = {"source": list(calibrate), "samples": samples, "length": length}
     plain = {"model": str(model), "step": [step], "calibration": calibration}
     recipe = recipe_from(plain | {"seed": seed, "dtype": dtype, "device": device})
     return run(prepare(recipe, Path(out)), progress=progress)
-
-
-def one_step(name: str, asked: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of a step under whatever verb has that name; of what was asked, None stands for the default."""
-    given = {key: value for key, value in asked.items() if value is not None}
-    return {verb_for(name): name, **given, "options": dict(options)}
 
 
 def load(
@@ -336,8 +328,12 @@ def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str,
 def _sizes(prepared: Prepared, targets: Sequence[str], result: Source) -> list[Row]:
     """All readings of the size, before and after, from the headers of what lies on disk."""
 
+    before = prepared.source
+
     def touched(source: Source) -> int:
         ours = [name for name in source.stored if name.startswith(tuple(f"{t}." for t in targets))]
+        # of a folder of differences, what lies in its base is not its own
+        ours = [name for name in ours if source.stored[name].file.parent in (source.folder, before.folder)]
         return sum(source.stored_bytes(name) for name in ours if not name.endswith(".bias"))
 
     def parameters(source: Source) -> int:
@@ -350,7 +346,6 @@ def _sizes(prepared: Prepared, targets: Sequence[str], result: Source) -> list[R
         return sum(packed.values()) + sum(source.elements(name) for name in source.stored.keys() - set(codes))
 
     weights = sum(s.out_features * s.in_features for s in prepared.anatomy.sites if s.name in set(targets))
-    before = prepared.source
     return size_rows(
         (touched(result), touched(before)),
         weights,

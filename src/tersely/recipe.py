@@ -20,6 +20,7 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -345,6 +346,17 @@ class Recipe:
         """Identity of everything that can change the weights; two recipes that say the same have the same one."""
         said = {key: value for key, value in dataclasses.asdict(self).items() if key != "evaluation"}
         return hashlib.sha256(json.dumps(_canonical(said), sort_keys=True).encode()).hexdigest()
+
+
+def plain_step(verb: str, name: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a step that names one thing, with whatever else is said of it; None stands for the default.
+
+    A step that trains names a relaxation; its objectives may be said as `objective`.
+    """
+    values = {key: value for key, value in said.items() if value is not None}
+    if verb == "train":
+        return {"train": values.pop("objective", ["tokens"]), "relax": name, **values}
+    return {verb: name, **values}
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -228,6 +228,8 @@ class Anatomy:
         if "*" in word:
             # One line for each kind of path, not one for each block.
             return unknown("target", word, {re.sub(r"\.\d+(?=\.)", ".*", site.name) for site in self.sites})
+        if not self.sites:
+            return f"target {word!r}: no linear is left to compress ({_tally(kept.reason for kept in self.kept)})"
         roles = {site.role for site in self.sites}
         message = unknown("target", word, {"all", *roles, *(role.partition(".")[0] for role in roles)})
         return f"{message}; never a target: {_tally(kept.reason for kept in self.kept)}" if self.kept else message

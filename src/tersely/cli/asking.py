@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tersely.errors import RecipeError
-from tersely.recipe import Recipe, read_toml, recipe_from
+from tersely.recipe import Recipe, plain_step, read_toml, recipe_from
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,7 @@ class Asked:
             from tersely.tables import verb_for
 
             verb = verb_for(name)
-        if verb == "train":
-            said = {"train": said.pop("objective", ["tokens"]), "relax": name, **said}
-        else:
-            said = {verb: name, **said}
-        return said | pairs
+        return plain_step(verb, name, said | pairs)
 
 
 def pairs_of(settings: list[str] | None) -> dict[str, Any]:

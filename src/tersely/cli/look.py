@@ -32,11 +32,17 @@ from tersely.errors import RecipeError, unknown
 
 
 @app.command("list", rich_help_panel=LOOK)
-def list_(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
-    """Every method, allocator and kind: name, paper, what it needs, options."""
-    from tersely.catalogue import catalogue, catalogue_text
+def list_(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As a page of documentation.")] = False,
+) -> None:
+    """Every method, rewrite, cache, conversion, relaxation, allocator, diagnosis and kind: name, paper, options."""
+    from tersely.catalogue import catalogue, catalogue_text, methods_page
 
-    sys.stdout.write((json.dumps(catalogue(), indent=1) if as_json else catalogue_text()) + "\n")
+    if as_json and as_markdown:
+        raise RecipeError("--json and --markdown: give one of them")
+    text = json.dumps(catalogue(), indent=1) if as_json else methods_page() if as_markdown else catalogue_text()
+    sys.stdout.write(text.rstrip("\n") + "\n")
 
 
 @app.command(rich_help_panel=LOOK)

@@ -66,4 +66,3 @@ class LowRankLinear(LinearKind):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-

@@ -5,6 +5,7 @@ from tersely.methods.delta.delta_come import DeltaCoMe
 from tersely.methods.low_rank.asvd import ChannelScaledSVD
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
+from tersely.methods.mixed import Mixed
 from tersely.methods.prune.stat import InterpolativePruning
 from tersely.methods.quantize.gptq import GPTQ
 from tersely.methods.quantize.rtn import RoundToNearest
@@ -13,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
     "asvd": ChannelScaledSVD,
     "delta_come": DeltaCoMe,
     "gptq": GPTQ,
+    "mixed": Mixed,
     "rtn": RoundToNearest,
     "svd": PlainSVD,
     "svd_llm": WhitenedSVD,

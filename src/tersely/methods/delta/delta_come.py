@@ -80,6 +80,7 @@ class DeltaCoMe:
         "(arXiv 2406.08903)"
     )
     summary: ClassVar[str] = "differences of fine-tuned models: singular vectors in bits that fall with their rank"
+    needs_base: ClassVar[bool] = True
     leaves: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

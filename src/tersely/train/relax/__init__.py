@@ -4,11 +4,13 @@ from tersely.train.relax.adapter import Adapter
 from tersely.train.relax.base import GROUPS, Relaxation, Relaxed
 from tersely.train.relax.full import Full
 from tersely.train.relax.kasa import KnowledgeAdapter
+from tersely.train.relax.noise import PseudoNoise
 
 RELAXATIONS: dict[str, type[Relaxation]] = {
     "adapter": Adapter,
     "full": Full,
     "kasa": KnowledgeAdapter,
+    "nipq": PseudoNoise,
 }
 
 __all__ = ["GROUPS", "RELAXATIONS", "Relaxation", "Relaxed"]

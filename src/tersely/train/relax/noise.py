@@ -23,8 +23,9 @@ exceeded, and missed by less than the smallest step there is.  Scales count: it 
 
 Differs from the paper: a bound per output row of a weight; widths from 2 to 8 (their 2 to 14), which is what can be
 packed, with 16-bit scales; the unit u, by which a step of the optimizer is a share of α whatever its size; the inverse
-softplus at the start, without which α begins at 0.72 for any small weight; the price is that of the expected width and
-per weight, not of the drawn width and of the whole model; and the final fit.  All inputs are signed.
+softplus at the start, without which α begins at 0.72 for any small weight; widths begin at the average that is asked
+for, not at 8, which after a short training is better by far; the price is that of the expected width and per weight,
+not of the drawn width and of the whole model; and the fit.  All inputs are signed.
 
 Source: Shin et al., NIPQ: Noise Proxy-Based Integrated Pseudo-Quantization, 2022 (arXiv 2206.00820).
 """
@@ -51,7 +52,7 @@ from tersely.train.relax.base import Relaxed
 WIDTHS = range(2, 9)  # at 1 bit n is 0; more than 8 cannot be packed
 NEAR = 0.05  # bits: nearer to the target than that, the price is a parabola and no longer pulls with full strength
 BOUND_BITS = 32  # what `quantized` stores for the bound of an input
-EDGE = 1e-3  # of the range of widths: how near to its ends a width may start
+EDGE = 1e-3  # of the range of widths: how near to its ends one may begin; at the very ends it would never move
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PseudoNoise:
     """The largest width."""
 
     start: float | None = None
-    """Width at which everything begins; None: halfway between the least and the largest."""
+    """Width at which everything begins; None: the average that is asked for, from the first step on."""
 
     price: float = 1.0
     """Loss for every bit by which the average misses what was asked."""
@@ -126,6 +127,8 @@ class PseudoNoise:
             sides.append((_Side.of_inputs(ours), asked))
         learning = any(module.noisy for module in ours)
         for side, asked in sides:
+            if self.start is None and not side.settled():
+                side.begin(asked)
             if learning or not side.settled():
                 side.fit(asked)
         price = self.price * torch.stack([side.price(asked) for side, asked in sides]).sum()
@@ -232,7 +235,9 @@ class Quantizer(nn.Module):
         self.register_buffer("unit", torch.where(bound > 0, bound, silent))
         self.register_buffer("whole", torch.zeros((), dtype=torch.int32, device=bound.device))
         self.raw_bound = nn.Parameter(torch.full_like(bound, inverse_softplus(1.0)))
-        self.raw_width = nn.Parameter(bound.new_tensor(self._raw(asked.start)))
+        self.raw_width = nn.Parameter(bound.new_zeros(()))  # in the middle of the range
+        if asked.start is not None:
+            self.begin(asked.start)
 
     unit: Tensor
     whole: Tensor  # the width that was settled on; 0: none yet
@@ -254,13 +259,13 @@ class Quantizer(nn.Module):
         """The width that hardening gives."""
         return int(self.whole) or round(self.width().item())
 
-    def _raw(self, start: float | None) -> float:
-        """σ⁻¹ of where `start` lies between the least and the largest width."""
-        if start is None or self._low == self._high:
-            return 0.0
-        share = (start - self._low) / (self._high - self._low)
-        share = min(max(share, EDGE), 1 - EDGE)  # at the very ends nothing would ever move
-        return math.log(share / (1 - share))
+    @torch.no_grad()
+    def begin(self, width: float) -> None:
+        """Make `width` the learned one, or the nearest to it from which it can still move."""
+        if self._low < self._high:
+            share = (width - self._low) / (self._high - self._low)
+            share = min(max(share, EDGE), 1 - EDGE)
+            self.raw_width.fill_(math.log(share / (1 - share)))
 
 
 @dataclass(frozen=True)
@@ -295,8 +300,16 @@ class _Side:
         average = total / self.count
         return functional.smooth_l1_loss(average, torch.full_like(average, asked), beta=NEAR)
 
+    def begin(self, asked: float) -> None:
+        """One width for all, with which the average is the asked one."""
+        low, _ = self.quantizers[0].range
+        least, more = (sum(stored(width) for stored in self.stored) for width in (low, low + 1))
+        for quantizer in self.quantizers:
+            quantizer.begin(low + (asked * self.count - least) / (more - least))
+
     @torch.no_grad()
     def fit(self, asked: float) -> None:
+        """Tell the quantizers the whole widths of hardening."""
         low, high = self.quantizers[0].range
         least = sum(stored(low) for stored in self.stored) / self.count
         if least > asked:

@@ -1,0 +1,270 @@
+"""What every suite of the contract uses: awkward matrices, what inputs look like, and eyes for what must not change."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from families import tiny_config, tiny_model
+from tersely.anatomy import Unit, anatomy_of
+from tersely.kinds import Kind, Made
+from tersely.option import Option
+from tersely.stats import STATISTICS, Statistic, Stats
+
+SHAPES = {"1x9": (1, 9), "9x1": (9, 1), "3x5": (3, 5), "5x3": (5, 3), "17x31": (17, 31), "40x24": (40, 24)}
+"""[out, in] of the weights."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SLACK = 1e-9  # rounding of float64, as a share of the whole
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def correlated(width: int, tokens: int = 200) -> Tensor:
+    """Some channels are loud and all are mixed."""
+    loudness = torch.logspace(0.5, -1, width, dtype=torch.float64)
+    return normal(tokens, width, seed=1) * loudness @ normal(width, width, seed=2) / width**0.5
+
+
+def white(width: int) -> Tensor:
+    """Signs with orthogonal columns: |x| is 1 everywhere and the Gram matrix is the identity, so that every metric that
+    a statistic can give is the same one, that of the weight itself."""
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < width:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    return signs[:, :width]
+
+
+def silent(width: int) -> Tensor:
+    """Every third channel never says anything."""
+    return correlated(width) * (torch.arange(width) % 3 > 0)
+
+
+INPUTS = {
+    "correlated": correlated,
+    "white": white,
+    "fewer tokens than channels": lambda width: correlated(width, max(1, width // 2)),
+    "one token": lambda width: correlated(width, 1),
+    "silent channels": silent,
+    "zeros": lambda width: torch.zeros(10, width, dtype=torch.float64),
+}
+"""Name → tokens of a width."""
+
+
+def observed(needs: Sequence[type[Statistic]], x: Tensor) -> Stats:
+    """Exactly the statistics that were asked for: whoever reads another one gets an error."""
+    stats = Stats({kind: kind(x.shape[1]) for kind in needs})
+    stats.update(x)
+    return stats
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The first attention, or the first MLP, of a tiny model in float64, and what its linears read."""
+
+    model: PreTrainedModel
+    unit: Unit
+    weights: Mapping[str, Tensor]
+    biases: Mapping[str, Tensor]
+    inputs: Mapping[str, Tensor]
+    """Role → the tokens that this linear reads."""
+
+    def stats(self, needs: Sequence[type[Statistic]]) -> dict[str, Stats]:
+        return {role: observed(needs, x) for role, x in self.inputs.items()}
+
+
+# One key head and a single neuron are the least there can be.
+NARROW = {"hidden_size": 15, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 1}
+MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {"llama": ("llama", {}), "narrow": ("llama", NARROW), "bert": ("bert", {})}
+"""Name → family, and what differs from its tiny configuration."""
+
+TOKENS = torch.randint(3, 60, (4, 40), generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def scene(model_name: str, role: str) -> Scene:
+    """Read-only, as every test sees the same one."""
+    family, changes = MODELS[model_name]
+    config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = tiny_model(family, config=config).double()
+    unit = next(unit for unit in anatomy_of(model).units if unit.role == role)
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(site.name).register_forward_pre_hook(
+            lambda module, arguments, role=role: inputs.update({role: arguments[0].detach().flatten(0, -2)})
+        )
+        for role, site in unit.sites.items()
+    ]
+    with torch.no_grad():
+        model(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    linears = {role: model.get_submodule(site.name) for role, site in unit.sites.items()}
+    weights = {role: linear.weight.detach() for role, linear in linears.items()}
+    biases = {role: linear.bias.detach() for role, linear in linears.items() if linear.bias is not None}
+    return Scene(model, unit, weights, biases, inputs)
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+# --- what must not change ---------------------------------------------------------------------------------------------
+
+
+def tensors_in(thing: Any) -> Iterator[Tensor]:
+    match thing:
+        case Tensor():
+            yield thing
+        case Stats():
+            for kind in STATISTICS.values():
+                if kind in thing:
+                    yield from thing[kind].state().values()
+        case nn.Module():
+            yield from thing.state_dict().values()
+        case Mapping():
+            for value in thing.values():
+                yield from tensors_in(value)
+
+
+def global_state() -> tuple[Any, ...]:
+    """Whatever a function could leave behind in the process."""
+    numbers = numpy.random.get_state()
+    return (
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        (numbers[0], numbers[1].tolist(), *numbers[2:]),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@contextmanager
+def nothing_changes(*arguments: Any) -> Iterator[None]:
+    """Fails where tensors in the arguments change, or anything global: random numbers, default dtype, threads."""
+    before, world = [tensor.clone() for tensor in tensors_in(arguments_of(arguments))], global_state()
+    yield
+    assert global_state() == world, "global state changed: pass a torch.Generator, and restore what you set"
+    for old, new in zip(before, tensors_in(arguments_of(arguments)), strict=True):
+        assert torch.equal(old, new) or (old.isnan() == new.isnan()).all(), "an argument was written into"
+
+
+def arguments_of(arguments: tuple[Any, ...]) -> dict[int, Any]:
+    return dict(enumerate(arguments))
+
+
+@contextmanager
+def other_random_numbers() -> Iterator[None]:
+    """The process's random numbers stand elsewhere meanwhile: what is deterministic does not notice."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(12345)
+        yield
+
+
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """The same modules bit for bit, or mappings of such."""
+    if isinstance(first, Mapping):
+        assert list(first) == list(second)
+        for name in first:
+            assert_same(first[name], second[name])
+        return
+    if isinstance(first, Kind):
+        assert Made.of(first).specs == Made.of(second).specs
+    old, new = first.state_dict(), second.state_dict()
+    assert list(old) == list(new)
+    for name in old:
+        assert old[name].dtype == new[name].dtype, name
+        assert torch.equal(old[name], new[name]), name
+
+
+def assert_storable(module: nn.Module, *arguments: Any) -> None:
+    """A file can hold its tensors: contiguous, finite, each in memory of its own and not in that of an argument."""
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(arguments_of(arguments)) if tensor.numel()}
+    taken: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        assert tensor.is_contiguous(), f"{name} is not contiguous; safetensors refuses it"
+        assert tensor.isfinite().all(), f"{name} is not finite"
+        if tensor.numel():
+            place = tensor.untyped_storage().data_ptr()
+            assert place not in taken, f"{name} shares memory with another tensor of the result"
+            assert place not in given, f"{name} shares memory with an argument; copy it"
+            taken.add(place)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of all stored numbers, bias left out."""
+    return sum(tensor.nbytes for name, tensor in module.state_dict().items() if name.rpartition(".")[2] != "bias")
+
+
+def rebuilt(module: Kind) -> Kind:
+    """As from a checkpoint: from its plain values, on the meta device, then its numbers."""
+    made = Made.of(module)
+    again = made.build()
+    assert {tensor.device.type for tensor in again.state_dict().values()} <= {"meta"}, "built with memory of its own"
+    again.load_state_dict(made.state, strict=True, assign=True)
+    return again.train(module.training)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def spread(options: Sequence[Option], count: int = 5) -> list[Option]:
+    """A handful, the first and the last among them, without the one that is nothing."""
+    real = [option for option in options if option.amount != 0]
+    if len(real) <= count:
+        return real
+    return [real[round(place * (len(real) - 1) / (count - 1))] for place in range(count)]
+
+
+def no_more(first: Any, second: Any) -> bool:
+    """Whether an amount is at most another.  Amounts are plain values: numbers are ordered, those with several parts
+    where all parts are; 0 is nothing at all."""
+    if first == 0:
+        return True
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(no_more(first[key], second[key]) for key in first)
+    return isinstance(first, int | float) and isinstance(second, int | float) and first <= second
+
+
+def assert_more_is_never_worse(options: Sequence[Option]) -> None:
+    """More of an amount takes no fewer bytes and leaves no more error, given in the options."""
+    whole = max(option.error or 0.0 for option in options)
+    for place, less in enumerate(options):
+        for more in options[place + 1 :]:
+            if no_more(less.amount, more.amount):
+                assert more.nbytes >= less.nbytes, f"{more.amount} takes fewer bytes than {less.amount}"
+                assert more.error <= less.error + SLACK * whole, f"{more.amount} is worse than {less.amount}"
+
+
+def assert_predicted(method: Any, predicted: float, measured: float, whole: float) -> None:
+    """What was predicted is what came, as far as the docstring of `options` does not say otherwise: it may call its
+    errors upper bounds, or estimates.  `whole`: the error of nothing at all."""
+    said = (method.options.__doc__ or "").lower()
+    if "bound" in said:
+        assert predicted >= measured - SLACK * whole - 1e-6 * measured
+        if "exact" not in said:
+            return
+    if "estimate" in said:
+        assert measured / 3 <= predicted + 1e-3 * whole and predicted <= 3 * measured + 1e-3 * whole
+    else:
+        assert abs(predicted - measured) <= 1e-3 * measured + 1e-5 * whole

@@ -1,0 +1,274 @@
+"""Every method on single linears keeps the contract of `tersely.methods.base.Method`.
+
+A method is tested on arrival: what is asserted follows from the contract and from what the method says of itself
+(`needs`, `leaves`, the docstring of `options`), never from its name.
+
+Errors are tr(Δ G Δᵀ).  Which G a method means is known in two cases: it reads the Gram matrix, then that is it; or the
+inputs are white signs, then every metric is the same.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contract.material import (
+    DTYPES,
+    INPUTS,
+    SHAPES,
+    SLACK,
+    assert_more_is_never_worse,
+    assert_predicted,
+    assert_same,
+    assert_storable,
+    normal,
+    nothing_changes,
+    observed,
+    other_random_numbers,
+    rebuilt,
+    spread,
+    weight_bytes,
+)
+from tersely.errors import TerselyError
+from tersely.kinds import DenseLinear, LinearKind, dense_weight
+from tersely.methods import METHODS
+from tersely.methods.base import Method
+from tersely.option import Option
+from tersely.stats import Gram, Stats
+
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_input = pytest.mark.parametrize("inputs", INPUTS)
+
+LARGER = (17, 31)
+
+
+def case(
+    method: Method,
+    shape: tuple[int, int] = LARGER,
+    inputs: str = "correlated",
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Stats]:
+    """A weight, and what the method asked to know of its inputs."""
+    return normal(*shape, seed=5, dtype=dtype), observed(method.needs, INPUTS[inputs](shape[1]))
+
+
+def measured(weight: Tensor, kind: LinearKind, inputs: str) -> float:
+    gram = observed([Gram], INPUTS[inputs](weight.shape[1]))[Gram].mean()
+    lost = weight.double() - kind.to_dense().double()
+    return ((lost @ gram) * lost).sum().item()
+
+
+def metric_is_known(method: Method, inputs: str) -> bool:
+    return inputs == "white" or (Gram in method.needs and inputs != "zeros")
+
+
+def linears_in(kind: nn.Module) -> set[str]:
+    return {name for name, module in kind.named_modules() if isinstance(module, nn.Linear)}
+
+
+# --- what could be done -----------------------------------------------------------------------------------------------
+
+
+@every_method
+@every_shape
+@every_dtype
+def test_sizes_are_the_options_without_errors(method, shape, dtype):
+    method = method()
+    weight, stats = case(method, shape, dtype=dtype)
+    sizes = method.sizes(shape, dtype.itemsize)
+    assert {size.error for size in sizes} == {None}
+    assert [(o.amount, o.nbytes) for o in method.options(weight, stats)] == [(s.amount, s.nbytes) for s in sizes]
+
+
+@every_method
+@every_shape
+def test_options_are_plain_rise_in_bytes_and_begin_with_nothing(method, shape):
+    weight, stats = case(method(), shape)
+    options = method().options(weight, stats)
+    whole, *rest = options
+    assert (whole.amount, whole.nbytes) == (0, 0)
+    assert rest, "nothing is offered"
+    assert [o.nbytes for o in options] == sorted(o.nbytes for o in options)
+    said = [json.dumps(o.amount) for o in options]
+    assert [json.loads(amount) for amount in said] == [o.amount for o in options]
+    assert len(set(said)) == len(said)
+    for option in options:
+        assert type(option.nbytes) is int
+        assert type(option.error) is float and 0 <= option.error <= whole.error * (1 + SLACK) < float("inf")
+
+
+@every_method
+@every_shape
+@every_input
+def test_more_is_never_predicted_to_be_worse(method, shape, inputs):
+    weight, stats = case(method(), shape, inputs)
+    assert_more_is_never_worse(method().options(weight, stats))
+
+
+@every_method
+@every_input
+def test_predicted_errors_are_measured_and_more_is_never_worse(method, inputs):
+    if not metric_is_known(method(), inputs):
+        return  # the predictions are in a metric of the method's own
+    for shape in SHAPES.values():
+        weight, stats = case(method(), shape, inputs)
+        whole, *_ = options = method().options(weight, stats)
+        energy = measured(weight, DenseLinear.from_weight(torch.zeros_like(weight)), inputs)
+        assert abs(whole.error - energy) <= 1e-5 * energy
+        found = [whole]
+        for option in spread(options, 8):
+            error = measured(weight, method().compress(weight, stats, option.amount), inputs)
+            assert_predicted(method(), option.error, error, energy)
+            found.append(Option(option.amount, option.nbytes, error))
+        assert_more_is_never_worse(found)
+
+
+# --- what is made -----------------------------------------------------------------------------------------------------
+
+
+@every_method
+@every_shape
+@every_dtype
+def test_the_result_is_a_linear_of_the_promised_bytes_and_dtype(method, shape, dtype):
+    weight, stats = case(method(), shape, dtype=dtype)
+    for option in spread(method().options(weight, stats)):
+        kind = method().compress(weight, stats, json.loads(json.dumps(option.amount)))
+        assert isinstance(kind, LinearKind)
+        assert (kind.out_features, kind.in_features) == shape
+        assert kind.nbytes() == weight_bytes(kind) == option.nbytes, f"amount {option.amount}"
+        assert kind.weight.dtype == dtype and kind.weight.numel() == 0
+        assert {p.dtype for p in kind.parameters()} <= {dtype}
+        assert_storable(kind, weight)
+        x = normal(4, shape[1], seed=6, dtype=dtype)
+        y = kind(x)
+        assert (y.dtype, y.shape) == (dtype, (4, shape[0]))
+        wide = x.double() @ kind.to_dense().double().T
+        tolerance = 10 * torch.finfo(dtype).eps * (1 + wide.abs().max().item()) * max(shape) ** 0.5
+        if dtype == torch.float64:
+            tolerance = 1e-6 * (1 + wide.abs().max().item())  # `to_dense` may be float32
+        torch.testing.assert_close(y.double(), wide, rtol=0, atol=tolerance)
+
+
+@every_method
+@every_shape
+def test_the_result_takes_a_bias_and_is_rebuilt_from_its_description(method, shape):
+    weight, stats = case(method(), shape, dtype=torch.float32)
+    x, bias = normal(4, shape[1], seed=6, dtype=torch.float32), normal(shape[0], seed=7, dtype=torch.float32)
+    for option in spread(method().options(weight, stats), 3):
+        kind = method().compress(weight, stats, option.amount)
+        plain = kind(x)
+        kind.set_bias(bias)
+        torch.testing.assert_close(kind(x), plain + bias)
+        assert kind.nbytes() == option.nbytes + bias.nbytes
+        again = rebuilt(kind)
+        assert torch.equal(again(x), kind(x))
+        assert_same(again, kind)
+
+
+@every_method
+def test_leaves_are_the_linears_that_every_amount_leaves(method):
+    """Steps that follow are planned by them before anything is done."""
+    weight, stats = case(method())
+    kinds = [method().compress(weight, stats, o.amount) for o in spread(method().options(weight, stats), 12)]
+    assert set.intersection(*map(linears_in, kinds)) == set(method.leaves)
+
+
+# --- pure functions ---------------------------------------------------------------------------------------------------
+
+
+@every_method
+@every_dtype
+def test_nothing_is_written_into_and_no_random_number_drawn(method, dtype):
+    weight, stats = case(method(), dtype=dtype)
+    with nothing_changes(weight, stats):
+        options = method().options(weight, stats)
+        for option in spread(options, 3):
+            method().compress(weight, stats, option.amount)
+        method().sizes(LARGER, dtype.itemsize)
+
+
+@every_method
+def test_the_same_request_gives_the_same_bytes_however_the_weight_lies(method):
+    weight, stats = case(method(), dtype=torch.float32)
+    options = method().options(weight, stats)
+    turned = weight.T.contiguous().T  # as of a Conv1D
+    with other_random_numbers():
+        assert method().options(weight, stats) == options
+        for option, near in zip(spread(options, 3), spread(method().options(turned, stats), 3), strict=True):
+            kind = method().compress(weight, stats, option.amount)
+            assert_same(method().compress(weight, stats, option.amount), kind)
+            assert near.error == pytest.approx(option.error, rel=1e-4, abs=1e-6 * options[0].error)
+            assert_storable(method().compress(turned, stats, option.amount), turned)
+
+
+@every_method
+def test_a_parameter_may_be_given_and_no_graph_is_kept(method):
+    weight, stats = case(method(), dtype=torch.float32)
+    parameter = nn.Parameter(weight)
+    kind = method().compress(parameter.detach(), stats, method().options(weight, stats)[-1].amount)
+    assert all(tensor.grad_fn is None for tensor in kind.state_dict(keep_vars=True).values())
+    copy.deepcopy(kind)  # of tensors inside a graph there is none
+
+
+# --- poor data --------------------------------------------------------------------------------------------------------
+
+
+@every_method
+@every_shape
+@every_input
+def test_poor_statistics_still_give_numbers(method, shape, inputs):
+    for dtype in (torch.float32, torch.bfloat16):
+        weight, stats = case(method(), shape, inputs, dtype)
+        for option in spread(method().options(weight, stats), 3):
+            assert torch.isfinite(torch.tensor(option.error))
+            kind = method().compress(weight, stats, option.amount)
+            assert kind.nbytes() == option.nbytes
+            assert_storable(kind, weight)
+            assert dense_weight(kind).isfinite().all()
+
+
+@every_method
+def test_a_weight_of_zeros_stays_one(method):
+    stats = case(method())[1]
+    weight = torch.zeros(LARGER)
+    for option in spread(method().options(weight, stats), 3):
+        assert option.error == 0
+        assert not method().compress(weight, stats, option.amount).to_dense().any()
+
+
+@every_method
+@pytest.mark.parametrize("scale", [1e-12, 1e8])
+def test_the_scale_of_a_weight_does_not_matter(method, scale):
+    weight, stats = case(method(), dtype=torch.float32)
+    last = method().options(weight, stats)[-1].amount
+    made = method().compress(weight, stats, last).to_dense()
+    scaled = method().compress(weight * scale, stats, last).to_dense()
+    torch.testing.assert_close(scaled / scale, made, rtol=0, atol=0.1 * weight.abs().max().item())
+
+
+@every_method
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(method, bad):
+    weight, stats = case(method(), dtype=torch.float32)
+    amount = spread(method().options(weight, stats), 3)[1].amount
+    broken = weight.clone()
+    broken[3, 4] = bad
+    x = INPUTS["correlated"](LARGER[1])
+    x[3, 4] = bad
+    for given in ((broken, stats), *([(weight, observed(method().needs, x))] if method().needs else [])):
+        with pytest.raises(TerselyError, match="finite"):
+            method().options(*given)
+        with pytest.raises(TerselyError, match="finite"):
+            method().compress(*given, amount)
+
+
+@every_method
+@pytest.mark.parametrize("amount", [0, -1, 10**6, None, {"unknown": 1}], ids=str)
+def test_an_amount_that_is_not_offered_is_refused(method, amount):
+    weight, stats = case(method())
+    with pytest.raises(TerselyError):
+        method().compress(weight, stats, amount)
