@@ -1,8 +1,8 @@
-# Five words: demo, test, check, fmt, clean.  The first two create the environment themselves.
+# Six words: demo, test, check, fmt, docs, clean.  The first two create the environment themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check fmt clean
+.PHONY: demo test check fmt docs clean
 
 .venv/installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +25,9 @@ check: .venv/installed
 fmt: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: .venv/installed
+	$(BIN)/tersely list --markdown > docs/methods.md
 
 clean:
 	rm -rf .venv build demo-out

@@ -1,19 +1,18 @@
 """What FoPE does beyond the length that a model was trained on: two measurements, each against RoPE treated alike.
 
     python tools/fope_length.py perplexity MODEL TRAIN_TEXT TEST_TEXT [--tokens 500000]
-    python tools/fope_length.py passkey [--steps 400 --seeds 3]
+    python tools/fope_length.py passkey [--steps 600] [--seeds 3]
 
 `perplexity`: a trained model as it is, converted, and both tuned equally long on windows of its training length, all
 weights, same windows and rate; then perplexity on windows of four times that length, quarter by quarter.  A quarter is
-what the model says at these positions, with all the text before them in view.  Tuned beside FoPE are its two halves: the
-clip without the series, and the series without the clip.
+what the model says at these positions, with all the text before them in view.  Tuned beside FoPE are its two halves:
+the clip without the series, and the series without the clip.
 
-`passkey`: small models from nothing.  Four digits are told once in a sentence that repeats for ever, and asked for
-later, in windows of 128 tokens of which the question comes in the second half; then asked in texts of one, two and four
-times that length, told anywhere in the first half and asked at the end.  A row is right if all four digits are.  The
-digits a question is answered with are the only ones that can be known; chance is 1 in 10 000.
+`passkey`: small models from nothing.  Two digits are told once in a sentence that repeats for ever.  In windows of 64
+tokens they are asked for three times, anywhere after; then, in texts of one to eight times that length, they are told
+anywhere in the first half and asked for at the end.  A text is right if both digits are; chance is 1 in 100.
 
-Prints Markdown.  Everything is drawn from seeds; floating point makes the digits after the second depend on the machine.
+Prints Markdown.  Everything is drawn from seeds; floating point makes the last digits depend on the machine.
 """
 
 import argparse
@@ -34,8 +33,8 @@ from tersely.train.settings import Training
 
 TIMES = 4
 DIGITS, TELL, ASK, FIRST_WORD, WORDS = 10, 10, 11, 12, 12
-KEY = 4
-WINDOW = 128
+KEY, ASKS = 2, 3
+WINDOW = 64
 
 
 def converted(model: PreTrainedModel, fope: FoPE | None) -> PreTrainedModel:
@@ -99,9 +98,7 @@ def perplexity(asked: argparse.Namespace) -> None:
         "series alone": replace(full, clip=False),
     }
     quarters = " | ".join(f"{i * length}–{(i + 1) * length}" for i in range(TIMES))
-    print(
-        f"Trained on {length} tokens; {len(test_windows)} windows of {TIMES * length}; tuned on {asked.tokens} tokens.\n"
-    )
+    print(f"Trained on {length} tokens, tuned on {asked.tokens}; {len(test_windows)} windows of {TIMES * length}.\n")
     print(f"| positions | tuned | {quarters} | seconds |\n|---|---|{'--:|' * TIMES}--:|")
     for name, fope in variants.items():
         exchanged = converted(model, fope)
@@ -118,31 +115,46 @@ def row(name: str, state: str, figures: list[float], seconds: float | None) -> N
 # --- passkey ----------------------------------------------------------------------------------------------------------
 
 
-def texts(count: int, length: int, generator: torch.Generator, *, asked_at_end: bool) -> tuple[Tensor, Tensor]:
-    """Texts [count, length] and where in each the question stands."""
+def training_texts(count: int, generator: torch.Generator) -> Tensor:
+    """Windows in which a key is told, and asked for `ASKS` times at places after that."""
+    tokens, key = _sentences(count, WINDOW, generator)
+    places = WINDOW // (KEY + 1)
+    told = torch.randint(places - ASKS, (count, 1), generator=generator)
+    order = torch.rand(count, places, generator=generator)
+    order[torch.arange(places) <= told] = 2.0
+    _write(tokens, key, told * (KEY + 1), TELL)
+    for asked in order.argsort(dim=1)[:, :ASKS].split(1, dim=1):
+        _write(tokens, key, asked * (KEY + 1), ASK)
+    return tokens
 
-    def below(bound: int) -> Tensor:
-        return torch.randint(bound, (count, 1), generator=generator)
 
-    tokens = FIRST_WORD + (below(WORDS) + torch.arange(length)) % WORDS
-    key = torch.randint(DIGITS, (count, KEY), generator=generator)
-    told = below(length // 2 - KEY - 1)
-    question = torch.full_like(told, length - KEY - 1) if asked_at_end else length // 2 + below(length // 2 - KEY)
-    for place, sign in ((told, TELL), (question, ASK)):
-        tokens.scatter_(1, place, sign)
-        tokens.scatter_(1, place + 1 + torch.arange(KEY), key)
-    return tokens, question
+def test_texts(count: int, length: int, generator: torch.Generator) -> Tensor:
+    """Texts in which a key is told in the first half and asked for at the end."""
+    tokens, key = _sentences(count, length, generator)
+    _write(tokens, key, torch.randint(length // 2 - KEY - 1, (count, 1), generator=generator), TELL)
+    _write(tokens, key, torch.full((count, 1), length - KEY - 1), ASK)
+    return tokens
+
+
+def _sentences(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The sentence from any word on, and a key for each text."""
+    tokens = FIRST_WORD + (torch.randint(WORDS, (count, 1), generator=generator) + torch.arange(length)) % WORDS
+    return tokens, torch.randint(DIGITS, (count, KEY), generator=generator)
+
+
+def _write(tokens: Tensor, key: Tensor, place: Tensor, sign: int) -> None:
+    tokens.scatter_(1, place, sign)
+    tokens.scatter_(1, place + 1 + torch.arange(KEY), key)
 
 
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, length: int, count: int = 200) -> float:
     """Share of texts whose question is answered right, each digit read off with the right ones before it."""
-    tokens, question = texts(count, length, torch.Generator().manual_seed(1_000_003), asked_at_end=True)
+    tokens = test_texts(count, length, torch.Generator().manual_seed(1_000_003))
     right = 0
-    for rows, places in zip(tokens.split(20), question.split(20), strict=True):
+    for rows in tokens.split(20):
         guesses = model(rows, use_cache=False).logits.argmax(-1)
-        at = places + torch.arange(KEY)
-        right += int((guesses.gather(1, at) == rows.gather(1, at + 1)).all(1).sum())
+        right += int((guesses[:, -KEY - 1 : -1] == rows[:, -KEY:]).all(1).sum())
     return right / count
 
 
@@ -166,12 +178,12 @@ def passkey(asked: argparse.Namespace) -> None:
     training = Training(
         tokens=asked.steps * asked.batch * WINDOW, batch=asked.batch, rate=asked.rate, decay=0.1, held_out=0, warmup=0.1
     )
-    lengths = [WINDOW * times for times in (1, 2, TIMES)]
+    lengths = [WINDOW * times for times in (1, 2, 4, 8)]
     heads = " | ".join(f"{length} tokens" for length in lengths)
     print(f"Passkey of {KEY} digits, {asked.steps} steps of {asked.batch} windows of {WINDOW} tokens.\n")
     print(f"| positions | seed | {heads} | seconds |\n|---|---|{'--:|' * len(lengths)}--:|")
     for seed in range(asked.seeds):
-        windows, _ = texts(asked.steps * asked.batch, WINDOW, torch.Generator().manual_seed(seed), asked_at_end=False)
+        windows = training_texts(asked.steps * asked.batch, torch.Generator().manual_seed(seed))
         for name, fope in variants.items():
             model, seconds = tuned(converted(fresh(seed), fope), windows, training, seed)
             row(name, str(seed), [accuracy(model, length) for length in lengths], seconds)
@@ -191,7 +203,7 @@ def main() -> None:
     first.add_argument("--windows", type=int, default=48)
     first.set_defaults(run=perplexity)
     second = commands.add_parser("passkey")
-    second.add_argument("--steps", type=int, default=400)
+    second.add_argument("--steps", type=int, default=600)
     second.add_argument("--batch", type=int, default=32)
     second.add_argument("--rate", type=float, default=3e-3)
     second.add_argument("--seeds", type=int, default=3)

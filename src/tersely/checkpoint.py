@@ -97,6 +97,10 @@ class Source:
         """The model with parameters on the meta device; buffers that are computed, not stored, are real."""
         return _skeleton(self.config, self.manifest)
 
+    def stock_skeleton(self) -> "PreTrainedModel":
+        """The model as its library makes it, without any module of ours."""
+        return _skeleton(self.config, {})
+
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the model, floating ones in `dtype`."""
         tensor = _read(self.stored[name])

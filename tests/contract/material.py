@@ -18,11 +18,11 @@ from tersely.kinds import Kind, Made
 from tersely.option import Option
 from tersely.stats import STATISTICS, Statistic, Stats
 
-SHAPES = {"1x9": (1, 9), "9x1": (9, 1), "3x5": (3, 5), "5x3": (5, 3), "17x31": (17, 31), "40x24": (40, 24)}
+SHAPES = {"1x9": (1, 9), "9x1": (9, 1), "3x5": (3, 5), "5x3": (5, 3), "17x31": (17, 31), "2x130": (2, 130)}
 """[out, in] of the weights."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SLACK = 1e-9  # rounding of float64, as a share of the whole
+SLACK = 2.0**-20  # as a share of the whole: the square of what is rounded away where a number is stored in 16 bits
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -49,7 +49,7 @@ def white(width: int) -> Tensor:
 
 def silent(width: int) -> Tensor:
     """Every third channel never says anything."""
-    return correlated(width) * (torch.arange(width) % 3 > 0)
+    return correlated(width) * (torch.arange(width) % 3 < 2)
 
 
 INPUTS = {
@@ -61,6 +61,9 @@ INPUTS = {
     "zeros": lambda width: torch.zeros(10, width, dtype=torch.float64),
 }
 """Name → tokens of a width."""
+
+TELLING = ("correlated", "white")
+"""Those that excite every direction: only there can rounding with feedback be expected to gain from every bit."""
 
 
 def observed(needs: Sequence[type[Statistic]], x: Tensor) -> Stats:
@@ -87,7 +90,11 @@ class Scene:
 
 # One key head and a single neuron are the least there can be.
 NARROW = {"hidden_size": 15, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 1}
-MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {"llama": ("llama", {}), "narrow": ("llama", NARROW), "bert": ("bert", {})}
+MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("llama", {}),
+    "narrow": ("llama", NARROW),
+    "bert": ("bert", {}),
+}
 """Name → family, and what differs from its tiny configuration."""
 
 TOKENS = torch.randint(3, 60, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -236,24 +243,24 @@ def spread(options: Sequence[Option], count: int = 5) -> list[Option]:
     return [real[round(place * (len(real) - 1) / (count - 1))] for place in range(count)]
 
 
-def no_more(first: Any, second: Any) -> bool:
-    """Whether an amount is at most another.  Amounts are plain values: numbers are ordered, those with several parts
-    where all parts are; 0 is nothing at all."""
-    if first == 0:
-        return True
+def is_more(second: Any, first: Any) -> bool:
+    """Whether an amount is more than another.  Amounts are plain values: numbers are ordered; of those with several
+    parts one is more where every part is.  0 is nothing at all."""
     if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(no_more(first[key], second[key]) for key in first)
-    return isinstance(first, int | float) and isinstance(second, int | float) and first <= second
+        return first.keys() == second.keys() and all(is_more(second[key], first[key]) for key in first)
+    numbers = isinstance(first, int | float) and isinstance(second, int | float)
+    return first == 0 or (numbers and second > first)
 
 
 def assert_more_is_never_worse(options: Sequence[Option]) -> None:
-    """More of an amount takes no fewer bytes and leaves no more error, given in the options."""
+    """More of an amount takes no fewer bytes and leaves no more error."""
     whole = max(option.error or 0.0 for option in options)
     for place, less in enumerate(options):
         for more in options[place + 1 :]:
-            if no_more(less.amount, more.amount):
+            if is_more(more.amount, less.amount):
                 assert more.nbytes >= less.nbytes, f"{more.amount} takes fewer bytes than {less.amount}"
-                assert more.error <= less.error + SLACK * whole, f"{more.amount} is worse than {less.amount}"
+                lost = more.error - less.error
+                assert lost <= SLACK * whole, f"{more.amount} loses {lost / whole:.1e} more than {less.amount}"
 
 
 def assert_predicted(method: Any, predicted: float, measured: float, whole: float) -> None:
@@ -261,10 +268,10 @@ def assert_predicted(method: Any, predicted: float, measured: float, whole: floa
     errors upper bounds, or estimates.  `whole`: the error of nothing at all."""
     said = (method.options.__doc__ or "").lower()
     if "bound" in said:
-        assert predicted >= measured - SLACK * whole - 1e-6 * measured
+        assert predicted >= measured - SLACK * whole
         if "exact" not in said:
             return
     if "estimate" in said:
-        assert measured / 3 <= predicted + 1e-3 * whole and predicted <= 3 * measured + 1e-3 * whole
+        assert abs(predicted - measured) <= 0.05 * whole
     else:
         assert abs(predicted - measured) <= 1e-3 * measured + 1e-5 * whole

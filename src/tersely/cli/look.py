@@ -95,10 +95,10 @@ def diagnose(
     revision: Revision = None,
 ) -> None:
     """Spectra, outliers, attention dynamics: what a model is like before anything is done to it."""
-    from tersely.diagnose import DIAGNOSES
+    from tersely.diagnose import DIAGNOSES, tables
     from tersely.diagnose import diagnose as run
     from tersely.journal import commit_text
-    from tersely.report.console import rows_table
+    from tersely.report.console import plain_table
 
     use_threads(threads)
     asked = what or list(DIAGNOSES)
@@ -120,4 +120,5 @@ def diagnose(
     if json_file is not None:
         commit_text(json_file, json.dumps(found, indent=1) + "\n")
     for name, rows in found.items():
-        console.print(rows_table(name, rows))
+        for table in tables(rows):
+            console.print(plain_table(name, table.headings, table.lines))

@@ -1,11 +1,12 @@
 """Commands that ship: generate, export."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tersely.cli.application import SHIP, app, use_threads
+from tersely.cli.application import SHIP, app, console, use_threads
 from tersely.cli.flags import Device, Dtype, Model, Revision, Seed, Threads, Trust
 
 
@@ -35,3 +36,16 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command(rich_help_panel=SHIP)
+def export(
+    out: Annotated[Path, typer.Argument(help="A folder that tersely wrote.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to make.")],
+    to: Annotated[str, typer.Option("--to", help="dense, or peft.")],
+) -> None:
+    """A folder as other software reads it, or a refusal that says which module has no counterpart."""
+    from tersely.export import export as run
+
+    run(out, destination, to)
+    console.print(f"written: {destination}")

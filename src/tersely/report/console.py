@@ -1,6 +1,6 @@
 """Reports for a terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -55,15 +55,14 @@ def evaluation_table(figures: dict[str, Any]) -> Table:
     return table
 
 
-def rows_table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows of a diagnosis; columns are the keys that occur, in order."""
-    table = Table(title=name, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        numbers = all(isinstance(row.get(column), int | float | None) for row in rows)
-        table.add_column(column, justify="right" if numbers else "left")
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+def plain_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[object]]) -> Table:
+    """Lines under headings; columns of numbers stand to the right."""
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        numbers = all(isinstance(line[number], int | float | None) for line in lines)
+        table.add_column(heading, justify="right" if numbers else "left")
+    for line in lines:
+        table.add_row(*(_cell(value) for value in line))
     return table
 
 

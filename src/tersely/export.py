@@ -1,0 +1,123 @@
+"""Folders of ours as others read them: dense, or as an adapter of peft.
+
+Either is offered only where every module has an exact counterpart; otherwise a CheckpointError names those that have
+none.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tersely.checkpoint import Edit, Source, State, locate, open_source, write_model
+from tersely.deltas.folder import open_any, outermost
+from tersely.errors import CheckpointError, RecipeError, unknown
+from tersely.kinds import LinearKind, LowRankLinear, Made, SumLinear, dense_weight
+from tersely.recipe import parse_size, read_recipe
+from tersely.train.peft_format import Update, write_adapter
+
+FORMATS = ("dense", "peft")
+
+
+def export(out: Path, destination: Path, to: str) -> None:
+    """Write a folder of ours in another format into a new folder."""
+    if to not in FORMATS:
+        raise RecipeError(unknown("format", to, FORMATS))
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise CheckpointError(f"{destination} exists; choose another folder or remove it")
+    source = open_any(out)
+    if not source.manifest:
+        raise CheckpointError(f"{out} holds no compressed module; it is an ordinary model already")
+    if to == "dense":
+        _dense(source, destination)
+    else:
+        _peft(source, destination)
+
+
+def _dense(source: Source, destination: Path) -> None:
+    """Every linear kind as the weight it stands for, in the model's dtype.
+
+    Positions and widths must be the stock ones: what an attention of ours computes has no stock counterpart.
+    """
+    places = dict(source.stock_skeleton().named_modules())
+    modules = {name: _module(source, name) for name in outermost(source.manifest)}
+    odd = [name for name, module in modules.items() if not _fits(module, places.get(name))]
+    if odd:
+        raise CheckpointError(
+            f"{source.folder}: no dense counterpart in the stock architecture for {', '.join(odd[:5])}"
+            + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
+        )
+    plain = {name: _plain(module, places[name], source.dtype) for name, module in modules.items()}
+    write_model(destination, source, Edit(plain=plain), parse_size("2GB"))
+
+
+def _peft(source: Source, destination: Path) -> None:
+    """The low-rank terms of sums over the untouched weights of the recorded base, and nothing else."""
+    recipe = source.folder / "recipe.toml"
+    if not recipe.is_file():
+        raise CheckpointError(f"{source.folder} has no recipe.toml, which would name the base of the adapter")
+    named = read_recipe(recipe).model
+    base = open_source(locate(named), dtype=str(source.dtype).removeprefix("torch."))
+    updates: dict[str, Update] = {}
+    taken: dict[str, str] = {}
+    for name in outermost(source.manifest):
+        module = _module(source, name)
+        factors = _factors(module)
+        if factors is None:
+            raise CheckpointError(
+                f"{source.folder}: {name} is no sum of a dense weight and one low-rank update; train an adapter with "
+                "merge = false on an ordinary model"
+            )
+        updates[name] = Update(*factors, 1.0)
+        taken |= {f"{name}.terms.0.{part}": f"{name}.{part}" for part in ("weight", "bias")}
+    updated = tuple(f"{name}.terms.1." for name in updates)
+    guards = {f"{name}.weight" for name in updates}
+    for stored in source.stored:
+        if stored.startswith(updated) or stored in guards:
+            continue
+        original = taken.get(stored, stored)
+        if original not in base.stored or not torch.equal(source.tensor(stored), base.tensor(original)):
+            raise CheckpointError(
+                f"{source.folder}: {original} is not that of the base {named}; an adapter alone cannot carry it"
+            )
+    write_adapter(destination, base.skeleton(), updates, named)
+
+
+def _module(source: Source, name: str) -> nn.Module:
+    """A kind of the folder with its numbers."""
+    inside = {n.removeprefix(name).removeprefix("."): spec for n, spec in source.manifest.items() if _below(n, name)}
+    module = Made(inside, {}).build()
+    module.load_state_dict(source.state(f"{name}."), assign=True)
+    return module
+
+
+def _below(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}.")
+
+
+def _fits(module: nn.Module, place: nn.Module | None) -> bool:
+    if not isinstance(module, LinearKind) or place is None:
+        return False
+    weight = place.get_parameter("weight")
+    return tuple(weight.shape) in {
+        (module.out_features, module.in_features),
+        (module.in_features, module.out_features) if hasattr(place, "nf") else None,
+    }
+
+
+def _plain(module: nn.Module, place: nn.Module, dtype: torch.dtype) -> State:
+    weight = dense_weight(module).to(dtype)
+    biases = [tensor for name, tensor in module.state_dict().items() if name.rpartition(".")[2] == "bias"]
+    # GPT-2's linears are stored (in, out)
+    state = {"weight": (weight.T if hasattr(place, "nf") else weight).contiguous()}
+    return state | ({"bias": biases[0].to(dtype)} if biases else {})
+
+
+def _factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """up and down of the one low-rank update of a sum over a plain linear."""
+    if not isinstance(module, SumLinear) or len(module.terms) != 2 or type(module.terms[0]) is not nn.Linear:
+        return None
+    update = module.terms[1]
+    if not isinstance(update, LowRankLinear) or any(type(f) is not nn.Linear for f in (update.down, update.up)):
+        return None
+    return update.up.weight.detach(), update.down.weight.detach()
