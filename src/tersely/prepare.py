@@ -99,10 +99,10 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     targets: tuple[Target, ...] = ()
     budget = None
     first = recipe.step[0]
+    # the other checkpoint of a step is not looked at where even the model is known by headers alone
+    bases = [base_of(step, source) if rewritten is not None else None for step in recipe.step]
     if isinstance(first, MethodStep | CacheStep):
-        # the other checkpoint is not looked at where even the model is known by headers alone
-        base = None if rewritten is None else base_of(first, source)
-        targets = targets_of(first, anatomy, source, base)
+        targets = targets_of(first, anatomy, source, bases[0])
         budget = budget_bytes(first, targets, source)
     return Examined(source, anatomy, objects, targets, budget, disk_needed(recipe, source, targets))
 
@@ -134,10 +134,13 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     calibrated = any(getattr(o, "needs", ()) for o in objects) or recipe.calibration.source != ["stdlib"]
     asked = [*(recipe.calibration.source if calibrated else ()), *(t for s in trained(recipe) for t in s)]
     texts = [read_text(source, "calibration").sha256 for source in asked]
-    journal = Journal(out, identity(recipe, folder, texts))
+    bases = [locate(step.base) for step in recipe.step if isinstance(step, MethodStep) and step.base is not None]
+    journal = Journal(out, identity(recipe, [folder, *bases], texts))
     journal.check(fresh=fresh)
     found = examine(recipe, journal.renamed)
     _check_evaluation(recipe, tokenizer, found)
+    if any(trained(recipe)):
+        require_causal(found.source.skeleton())
     windows, warnings = None, list(found.source.warnings())
     first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
     if found.anatomy.needs_first_token and first_token is None:
@@ -185,12 +188,13 @@ def disk_needed(recipe: Recipe, source: Source, targets: Sequence[Target]) -> in
     return renamed + steps * (source.nbytes() + touched) + grams + training + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
 
 
-def identity(recipe: Recipe, folder: Path, texts: Sequence[str]) -> str:
-    """What a run is a run of: release, recipe, checksums of its texts, the model's files by name, size, time of
+def identity(recipe: Recipe, folders: Sequence[Path], texts: Sequence[str]) -> str:
+    """What a run is a run of: release, recipe, checksums of its texts, the files of its models by name, size, time of
     change."""
-    files = sorted(
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()
-    )
+    files = [
+        sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
+        for folder in folders
+    ]
     what = (importlib.metadata.version("tersely"), recipe.fingerprint(), list(texts), files)
     return hashlib.sha256(repr(what).encode()).hexdigest()
 

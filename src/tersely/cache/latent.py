@@ -117,7 +117,8 @@ class LatentCache:
                 linears[role] = truncated
             else:
                 linears[role] = linear_of(weights[role], biases.get(role))
-        return {"": Attention.of(attention.shape, attention.tables(), linears, weights, latent=True)}
+        tables = attention.tables().to(weights["q"].device)
+        return {"": Attention.of(attention.shape, tables, linears, weights, latent=True)}
 
     def _left_over(
         self, weights: Mapping[str, Tensor], stats: Mapping[str, Stats]

@@ -13,7 +13,7 @@ from tersely.convert import AttentionSettings, attention_settings, norm_tensors
 from tersely.deltas.folder import check_pair, open_any
 from tersely.errors import RecipeError
 from tersely.methods import METHODS
-from tersely.recipe import CacheStep, MethodStep
+from tersely.recipe import CacheStep, MethodStep, Step
 from tersely.report.rows import Row, SiteRow
 from tersely.steps.scene import Done, Scene
 from tersely.sweeps import Job, Outcome, compress, forced, size_curves
@@ -54,7 +54,7 @@ def run(step: MethodStep | CacheStep, scene: Scene) -> Done:
     )
 
 
-def base_of(step: MethodStep | CacheStep, source: Source) -> Source | None:
+def base_of(step: Step, source: Source) -> Source | None:
     """The other checkpoint of a step on differences.  Raises CheckpointError unless it is of the same architecture."""
     if not isinstance(step, MethodStep) or step.base is None:
         return None
