@@ -118,17 +118,34 @@ class Replay:
             self._hidden.append(hidden)
             self._calls.append(_shared(calls, self._calls[-1]) if self._calls else calls)
 
+    def fork(self) -> "Replay":
+        """A second stream that stands where this one does and goes its own way."""
+        other = copy.copy(self)
+        other._hidden = list(self._hidden)
+        return other
+
     @torch.no_grad()
-    def observe(self, block: nn.Module, inputs: Mapping[str, tuple[str, Stats]], *, advance: bool) -> None:
+    def observe(
+        self,
+        block: nn.Module,
+        inputs: Mapping[str, tuple[str, Stats]],
+        *,
+        advance: bool,
+        beside: "tuple[Replay, nn.Module] | None" = None,
+    ) -> None:
         """Run `block`, the one at `at`, over the stream.
 
         `inputs`: key → (path inside the block of a linear that reads this input, statistics to update).  With `advance`
-        the outputs become the stream before the next block.  Raises NumericalError where they are not finite.
+        the outputs become the stream before the next block.  `beside`: the dense stream at the same block and that
+        block as it was; statistics then see both versions of every input.  Raises NumericalError where outputs are not
+        finite.
         """
-        with _watching(block, inputs):
-            for i, hidden in enumerate(self._hidden):
-                call = self._calls[i][self.at]
-                out = block(hidden.to(self._device), *call.arguments, **call.keywords)
+        dense: dict[str, Tensor] = {}
+        with _watching(block, inputs, dense):
+            for i in range(len(self._hidden)):
+                if beside is not None:
+                    dense.update(beside[0]._inputs_of(beside[1], i, inputs))
+                out = self._run(block, i)
                 if not torch.isfinite(out).all():
                     raise NumericalError(
                         f"{self._anatomy.blocks[self.at]}: the hidden state is not finite for calibration batch {i}; "
@@ -138,6 +155,26 @@ class Replay:
                     self._hidden[i] = out.cpu()
         if advance:
             self.at += 1
+
+    def _run(self, block: nn.Module, batch: int) -> Tensor:
+        call = self._calls[batch][self.at]
+        out: Tensor = block(self._hidden[batch].to(self._device), *call.arguments, **call.keywords)
+        return out
+
+    def _inputs_of(self, block: nn.Module, batch: int, inputs: Mapping[str, tuple[str, Stats]]) -> dict[str, Tensor]:
+        """What the watched linears of `block` read of one batch."""
+        read: dict[str, Tensor] = {}
+
+        def note(key: str) -> Any:
+            return lambda module, arguments: read.update({key: arguments[0].flatten(0, -2)})
+
+        hooks = [block.get_submodule(path).register_forward_pre_hook(note(key)) for key, (path, _) in inputs.items()]
+        try:
+            self._run(block, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return read
 
 
 class Blocks:
@@ -221,11 +258,16 @@ def watch_list(
 
 
 @contextmanager
-def _watching(block: nn.Module, inputs: Mapping[str, tuple[str, Stats]]) -> Iterator[None]:
-    def watch(stats: Stats) -> Any:
-        return lambda module, arguments: stats.update(arguments[0].flatten(0, -2))
+def _watching(block: nn.Module, inputs: Mapping[str, tuple[str, Stats]], dense: Mapping[str, Tensor]) -> Iterator[None]:
+    """Statistics are updated as the block runs; `dense` holds the dense version of the present batch, if there is
+    one."""
 
-    hooks = [block.get_submodule(path).register_forward_pre_hook(watch(stats)) for path, stats in inputs.values()]
+    def watch(key: str, stats: Stats) -> Any:
+        return lambda module, arguments: stats.update(arguments[0].flatten(0, -2), dense.get(key))
+
+    hooks = [
+        block.get_submodule(path).register_forward_pre_hook(watch(key, stats)) for key, (path, stats) in inputs.items()
+    ]
     try:
         yield
     finally:

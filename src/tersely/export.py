@@ -4,6 +4,7 @@ Either is offered only where every module has an exact counterpart; otherwise a 
 none.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -48,7 +49,10 @@ def _dense(source: Source, destination: Path) -> None:
             + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
         )
     plain = {name: _plain(module, places[name], source.dtype) for name, module in modules.items()}
-    write_model(destination, source, Edit(plain=plain), parse_size("2GB"))
+    stock = copy.copy(source)
+    stock.config = copy.deepcopy(source.config)
+    del stock.config.quantization_config  # of the manifest nothing is left
+    write_model(destination, stock, Edit(plain=plain), parse_size("2GB"))
 
 
 def _peft(source: Source, destination: Path) -> None:

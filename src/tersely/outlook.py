@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from tersely.anatomy import Anatomy, Site
+from tersely.anatomy import Anatomy, Site, Unit
 from tersely.checkpoint import Source
+from tersely.convert import attention_settings
 from tersely.errors import AnatomyError, RecipeError
 from tersely.methods import METHODS
 from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
@@ -23,7 +24,8 @@ class Outlook:
     def __init__(self, anatomy: Anatomy, source: Source) -> None:
         self._anatomy = anatomy
         self._source = source
-        self._untouched = {site.name for site in anatomy.sites}
+        self._replaced: set[str] = set()
+        """Sites that exist no more, and those that stand in their places."""
         self._used: dict[str, str] = {}
         """Site → what left nothing of it."""
 
@@ -40,15 +42,23 @@ class Outlook:
         elif isinstance(step, TrainStep):
             self._anatomy.select_places(step.target)
         elif isinstance(step, ConvertStep):
-            for unit in self._anatomy.select_units(["attention"], built.roles):
-                built.check(unit)
+            for unit in self._exchanged(built):
+                self._replace([unit.sites["o"]], ("dense",), step.name)
         elif isinstance(step, CacheStep):
             build_allocator(step.allocate)
-            for unit in self._anatomy.select_units(["attention"], built.roles):
-                built.check(unit)
+            for unit in self._exchanged(built):
                 self._replace([unit.sites["k"], unit.sites["v"]], ("down", "up"), step.name)
         else:
             self._check_method(step, built)
+
+    def _exchanged(self, built: Any) -> tuple[Unit, ...]:
+        """The attentions in whose place one of ours comes.  Raises AnatomyError where it would compute otherwise."""
+        units = self._anatomy.select_units(["attention"], built.roles)
+        skeleton = self._source.skeleton()
+        for unit in units:
+            built.check(unit)
+            attention_settings(skeleton, unit)
+        return units
 
     def _check_method(self, step: MethodStep, built: Any) -> None:
         build_allocator(step.allocate)
@@ -56,19 +66,26 @@ class Outlook:
             raise RecipeError(f"step {step.name!r} compresses the difference to another checkpoint; name it as base")
         if step.base is not None and step.method not in METHODS:
             raise RecipeError(f"step {step.name!r}: a base goes with methods on single linears")
+        if step.base is not None and self._replaced:
+            raise RecipeError(
+                f"step {step.name!r}: a difference to a base needs the fine-tuned model as it was trained, and an earlier "
+                "step replaces its linears"
+            )
         if step.method in METHODS:
             sites = list(self._anatomy.select(step.target))
             leaves = built.leaves
         else:
             units = self._anatomy.select_units(step.target, built.roles)
             sites, leaves = [site for unit in units for site in unit.sites.values()], ("dense",)
-        if all(site.name in self._untouched for site in sites):  # else nobody knows how many bytes there will be
+        # else nobody knows how many bytes there will be; whether there is a choice of sizes is known
+        if not step.has_budget or all(site.name not in self._replaced for site in sites):
             budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)
         self._replace(sites, leaves, step.name)
 
     def _replace(self, sites: "tuple[Site, ...] | list[Site]", leaves: tuple[str, ...], name: str) -> None:
         chosen = {site.name for site in sites}
-        self._untouched -= chosen
+        self._replaced |= chosen
+        self._replaced |= {f"{name}.{leaf}" for name in chosen for leaf in leaves}
         if not leaves:
             self._used |= dict.fromkeys(chosen, name)
 

@@ -166,7 +166,7 @@ class CacheStep:
     keep: float
     """Bytes of keys and values per token afterwards, as a fraction of before."""
 
-    allocate: str = "greedy"
+    allocate: str = "uniform"
     """How the bytes per token are divided among the blocks: name in the table of allocators."""
 
     propagate: Literal["none", "block"] = "block"

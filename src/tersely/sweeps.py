@@ -33,7 +33,7 @@ from tersely.errors import NumericalError, RecipeError
 from tersely.journal import Journal
 from tersely.kinds import Kind, Made
 from tersely.option import Option
-from tersely.stats import Gram, Statistic, Stats
+from tersely.stats import Cross, Gram, Statistic, Stats
 from tersely.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -218,12 +218,16 @@ def _compressed_blocks(job: Job, blocks: Blocks, plan: Plan, clock: "_Clock") ->
         return
     with clock("replay"):
         replay = Replay(job.source, job.anatomy, job.windows, job.device)
+        # methods that compare with what the dense model reads get its stream alongside
+        beside = replay.fork() if Cross in job.needs else None
     for index, done in enumerate(finished):
-        unit = done or _cut_in_stream(job, blocks.dense(index), index, replay, plan, clock)
+        unit = done or _cut_in_stream(job, blocks, index, replay, beside, plan, clock)
         yield index, unit
         if index + 1 < count:
             with clock("replay"):
                 replay.observe(blocks.cut(index, unit.replaced), {}, advance=True)
+                if beside is not None:
+                    beside.observe(blocks.dense(index), {}, advance=True)
 
 
 def _cut_at_once(
@@ -237,13 +241,17 @@ def _cut_at_once(
     return _commit_unit(job, index, unit)
 
 
-def _cut_in_stream(job: Job, block: nn.Module, index: int, replay: Replay, plan: Plan, clock: "_Clock") -> _Unit:
+def _cut_in_stream(
+    job: Job, blocks: Blocks, index: int, replay: Replay, dense: Replay | None, plan: Plan, clock: "_Clock"
+) -> _Unit:
     """Compress a block on the inputs that come out of the compressed blocks before it.
 
     With ``propagate = "input"`` the targets are taken in groups that read one input, and the later groups observe a
     block whose earlier groups are cut already.
     """
     unit = _Unit()
+    block = blocks.dense(index)
+    beside = None if dense is None else (dense, blocks.dense(index))
     targets = job.in_block(index)
     groups: list[tuple[Target, ...]] = [targets] if targets else []
     if job.propagate == "input":
@@ -254,7 +262,7 @@ def _cut_in_stream(job: Job, block: nn.Module, index: int, replay: Replay, plan:
         sites = [site for target in group for site in target.sites]
         watched = watch_list(job.anatomy, index, sites, job.needs, job.device)
         with clock("replay"):
-            replay.observe(block, watched, advance=False)
+            replay.observe(block, watched, advance=False, beside=beside)
         stats = {key: of_input for key, (_, of_input) in watched.items()}
         with clock("factorise"):
             for target in group:

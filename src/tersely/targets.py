@@ -17,7 +17,7 @@ from tersely.kinds import Kind, LinearKind, SumLinear
 from tersely.kinds.attention import AttentionSettings
 from tersely.methods import Method, UnitMethod
 from tersely.option import Amount, Option
-from tersely.stats import Gram, Statistic, Stats
+from tersely.stats import Cross, Gram, Statistic, Stats
 
 Weights = Mapping[str, Tensor]
 
@@ -113,11 +113,14 @@ class SiteTarget(Target):
         return {self.name: kind}
 
     def error(self, weights: Weights, made: Mapping[str, Kind], stats: Mapping[str, Stats]) -> float | None:
-        """tr(Δ G Δᵀ) / tr(W G Wᵀ) on the inputs that the site was fitted to."""
+        """tr(Δ G Δᵀ) / tr(W G Wᵀ) on the inputs that the site was fitted to; of a method that compares with the dense
+        inputs, E‖W x - W' x̂‖² / E‖W x‖²."""
         observed, kind = stats.get(self.site.reads, Stats()), made[self.name]
         if Gram not in observed or not isinstance(kind, LinearKind):
             return None
         gram = observed[Gram].mean()
+        if Cross in observed and self.base is None:
+            return _anchored_error(self._weight(weights).double(), kind.to_dense().double(), gram, observed[Cross])
         weight = self._weight(weights).double()
         stands_for = kind.to_dense().double()
         difference = weight - (stands_for if self.base is None else stands_for - self.base.double())
@@ -172,6 +175,13 @@ class UnitTarget(Target):
         of_role = by_role(self.unit, weights), by_role(self.unit, biases), read_by_role(self.unit, stats)
         made = self.method.compress(self.unit, *of_role, amount)
         return {self.unit.sites[role].name: kind for role, kind in made.items()}
+
+
+def _anchored_error(weight: Tensor, compressed: Tensor, gram: Tensor, cross: Cross) -> float:
+    energy = ((weight @ cross.dense()) * weight).sum().item()
+    shared = ((weight @ cross.mean()) * compressed).sum().item()
+    own = ((compressed @ gram) * compressed).sum().item()
+    return max(energy - 2 * shared + own, 0.0) / energy if energy > 0 else 0.0
 
 
 def by_role(unit: Unit, tensors: Weights) -> dict[str, Tensor]:

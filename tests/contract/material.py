@@ -1,10 +1,12 @@
 """What every suite of the contract uses: awkward matrices, what inputs look like, and eyes for what must not change."""
 
+import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -17,6 +19,7 @@ from tersely.anatomy import Unit, anatomy_of
 from tersely.kinds import Kind, Made
 from tersely.option import Option
 from tersely.stats import STATISTICS, Statistic, Stats
+from tersely.train.peft_format import Update, write_adapter
 
 SHAPES = {"1x9": (1, 9), "9x1": (9, 1), "3x5": (3, 5), "5x3": (5, 3), "17x31": (17, 31), "2x130": (2, 130)}
 """[out, in] of the weights."""
@@ -26,7 +29,7 @@ SLACK = 2.0**-20  # as a share of the whole: the square of what is rounded away 
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -130,6 +133,34 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
+# --- rewrites ---------------------------------------------------------------------------------------------------------
+
+
+def with_adapter(model: PreTrainedModel, folder: Path) -> tuple[dict[str, Any], PreTrainedModel]:
+    """A LoRA of two linears, and the model with it."""
+    sites, together, updates = anatomy_of(model).sites[::3], copy.deepcopy(model), {}
+    for number, site in enumerate(sites):
+        up, down = normal(site.out_features, 2, seed=number), normal(2, site.in_features, seed=number + 50)
+        updates[site.name] = Update(up.float(), down.float(), 0.05)
+        update = 0.05 * up.float().double() @ down.float().double()
+        weight = together.get_parameter(f"{site.name}.weight").data
+        weight.copy_(weight.double() + (update.T if site.transposed else update))
+    write_adapter(folder, model, updates)
+    return {"adapter": str(folder)}, together
+
+
+INGREDIENTS: dict[str, Callable[[PreTrainedModel, Path], tuple[dict[str, Any], PreTrainedModel]]] = {
+    "merge_adapter": with_adapter,
+}
+"""Rewrite that needs more than its defaults → from a model and an empty folder, its fields and the model whose function
+it is to keep."""
+
+
+def asked_of(name: str, model: PreTrainedModel, folder: Path) -> tuple[dict[str, Any], PreTrainedModel]:
+    """The fields of a rewrite, and the model whose function it is to keep: usually none, and the model itself."""
+    return INGREDIENTS[name](model, folder) if name in INGREDIENTS else ({}, model)
+
+
 # --- what must not change ---------------------------------------------------------------------------------------------
 
 
@@ -149,11 +180,11 @@ def tensors_in(thing: Any) -> Iterator[Tensor]:
 
 
 def global_state() -> tuple[Any, ...]:
-    """Whatever a function could leave behind in the process."""
+    """Whatever a function could leave behind in the process; not Python's own random numbers, which the checks of
+    shapes draw from, see `other_random_numbers`."""
     numbers = numpy.random.get_state()
     return (
         torch.get_rng_state().tolist(),
-        random.getstate(),
         (numbers[0], numbers[1].tolist(), *numbers[2:]),
         torch.get_default_dtype(),
         torch.get_num_threads(),
@@ -180,9 +211,13 @@ def arguments_of(arguments: tuple[Any, ...]) -> dict[int, Any]:
 @contextmanager
 def other_random_numbers() -> Iterator[None]:
     """The process's random numbers stand elsewhere meanwhile: what is deterministic does not notice."""
+    python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(12345)
+        for seed in (torch.manual_seed, random.seed, numpy.random.seed):
+            seed(12345)
         yield
+    random.setstate(python)
+    numpy.random.set_state(numbers)
 
 
 # --- kinds ------------------------------------------------------------------------------------------------------------

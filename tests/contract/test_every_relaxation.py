@@ -86,8 +86,7 @@ def learn(module: Relaxed) -> Relaxed:
 
 @every_relaxation
 @every_linear
-@pytest.mark.parametrize("bits", [None, 6.0])
-def test_all_that_trains_gets_a_gradient_and_the_linear_keeps_its_numbers(relaxation, linear, bits):
+def test_all_that_trains_gets_a_gradient_and_the_linear_keeps_its_numbers(relaxation, linear):
     base, module = relaxed(relaxation, linear)
     before = copy.deepcopy(base)
     assert module.groups().keys() <= set(GROUPS)
@@ -98,7 +97,7 @@ def test_all_that_trains_gets_a_gradient_and_the_linear_keeps_its_numbers(relaxa
     learn(module).train()
     module.advance(0.0)
     x = inputs().requires_grad_()
-    loss = module(x).square().mean() + module.penalty() + relaxation().budget([module], bits)
+    loss = module(x).square().mean() + module.penalty() + relaxation().budget([module], 6.0)
     assert loss.shape == () and loss.isfinite()
     loss.backward()
     for parameter in trained:
@@ -112,11 +111,25 @@ def test_all_that_trains_gets_a_gradient_and_the_linear_keeps_its_numbers(relaxa
 
 
 @every_relaxation
+def test_a_budget_is_a_price_and_where_none_is_given_it_is_nothing_or_asked_for(relaxation):
+    _, module = relaxed(relaxation, EVERYWHERE)
+    priced = relaxation().budget([module, module], 6.0)
+    assert priced.shape == () and priced.isfinite() and priced >= 0
+    try:
+        free = relaxation().budget([module, module], None)
+    except RecipeError as error:
+        assert "bits" in str(error)
+    else:
+        assert free.shape == () and free == 0
+
+
+@every_relaxation
 @every_linear
 def test_random_numbers_come_from_the_generator(relaxation, linear):
-    with nothing_changes():
-        _, first = relaxed(relaxation, linear)
-        _, second = relaxed(relaxation, linear)
+    base, first = relaxed(relaxation, linear)
+    stats = observed(relaxation().needs, inputs(torch.float64).flatten(0, -2))
+    with nothing_changes(base, stats):
+        second = relaxation().relax(base, stats, generator())
         answers = [module.train()(inputs()) for module in (first, second)]
     assert_same(first, second)
     assert torch.equal(*answers)

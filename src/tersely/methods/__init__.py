@@ -2,6 +2,7 @@
 
 from tersely.methods.base import Method, UnitMethod
 from tersely.methods.delta.delta_come import DeltaCoMe
+from tersely.methods.low_rank.aa_svd import AnchoredSVD
 from tersely.methods.low_rank.asvd import ChannelScaledSVD
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
@@ -11,6 +12,7 @@ from tersely.methods.quantize.gptq import GPTQ
 from tersely.methods.quantize.rtn import RoundToNearest
 
 METHODS: dict[str, type[Method]] = {
+    "aa_svd": AnchoredSVD,
     "asvd": ChannelScaledSVD,
     "delta_come": DeltaCoMe,
     "gptq": GPTQ,

@@ -2,13 +2,15 @@
 
 from tersely.stats.base import Statistic, Stats
 from tersely.stats.channel import AbsMax, AbsMean, Power
+from tersely.stats.cross import Cross
 from tersely.stats.gram import Gram
 
 STATISTICS: dict[str, type[Statistic]] = {
     "abs_max": AbsMax,
     "abs_mean": AbsMean,
+    "cross": Cross,
     "gram": Gram,
     "power": Power,
 }
 
-__all__ = ["STATISTICS", "AbsMax", "AbsMean", "Gram", "Power", "Statistic", "Stats"]
+__all__ = ["STATISTICS", "AbsMax", "AbsMean", "Cross", "Gram", "Power", "Statistic", "Stats"]

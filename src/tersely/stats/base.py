@@ -4,7 +4,7 @@ A statistic belongs to an input, not to a layer: q, k and v read the same tensor
 """
 
 from collections.abc import Mapping
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,6 +33,13 @@ class Statistic(Protocol):
     def restore(cls, state: dict[str, Tensor]) -> Self: ...
 
 
+@runtime_checkable
+class PairedStatistic(Protocol):
+    """A statistic that also looks at what the dense model reads in the same place."""
+
+    def update_pair(self, x: Float[Tensor, "tokens width"], dense: Float[Tensor, "tokens width"]) -> None: ...
+
+
 S = TypeVar("S", bound=Statistic)
 
 
@@ -54,9 +61,14 @@ class Stats:
     def kinds(self) -> tuple[type[Statistic], ...]:
         return tuple(self._of)
 
-    def update(self, x: Float[Tensor, "tokens width"]) -> None:
+    def update(self, x: Float[Tensor, "tokens width"], dense: Float[Tensor, "tokens width"] | None = None) -> None:
+        """Add the rows of `x`.  `dense`: what the dense model reads in their place, for statistics that compare the
+        two; without it nothing has been shifted."""
         for accumulator in self._of.values():
-            accumulator.update(x)
+            if dense is not None and isinstance(accumulator, PairedStatistic):
+                accumulator.update_pair(x, dense)
+            else:
+                accumulator.update(x)
 
     @property
     def tokens(self) -> int:

@@ -1,0 +1,91 @@
+"""Anchored SVD: the dense output, given back from the input that really arrives.
+
+Behind compressed blocks a linear reads x̂ where the dense model would have fed it x.  Whitening with the dense inputs
+ignores that; whitening with the shifted ones fits W x̂, which nobody wants.  Anchored, the target is the dense output:
+
+    minimise E‖W x - W' x̂‖²  over W' of rank r.
+
+Without a bound on the rank the minimiser is W* = W C Ĝ⁻¹, with C = E[x x̂ᵀ] and Ĝ = E[x̂ x̂ᵀ]; what any W' adds to that
+least error is tr((W* - W') Ĝ (W* - W')ᵀ).  So W' is the truncation of W* in the metric of Ĝ, which needs no root of it
+(see `linalg.truncation`).  `anchor` mixes the two inputs that the target may be taken at, W (x̂ + anchor · (x - x̂)): 1
+is the anchored problem, 0 whitening with the shifted inputs; values between are the self-adaptive mix of Hu et al.
+(SAES-SVD, 2026, arXiv 2602.03051) with a fixed share.
+
+On dense inputs, as in the sweep that makes the plan, C = Ĝ and W* = W: the curve is that of whitening.  Fitting W*
+takes an inverse that whitening does not, hence a larger damping: directions that calibration hardly excites would
+otherwise be blown up.  The authors' refinement of whole blocks by gradient descent is a training step of its own.
+
+Source: Kumar et al., AA-SVD: Anchored and Adaptive SVD for Large Language Model Compression, 2026, section 3
+(arXiv 2604.02119).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tersely.errors import NumericalError, RecipeError
+from tersely.kinds import LinearKind
+from tersely.linalg.truncation import output_basis
+from tersely.methods.low_rank.factorise import low_rank, rank_options, rank_sizes
+from tersely.option import Option
+from tersely.stats import Cross, Gram, Statistic, Stats
+
+
+@dataclass(frozen=True)
+class AnchoredSVD:
+    anchor: float = 1.0
+    """Share of the dense input in the target, 0 (none: W x̂) to 1 (all: W x)."""
+
+    damping: float = 1e-3
+    """Added to the diagonal of the Gram matrix, as a fraction of the mean input power (no unit)."""
+
+    paper: ClassVar[str] = "Kumar et al., 2026, AA-SVD: Anchored and Adaptive SVD (arXiv 2604.02119)"
+    summary: ClassVar[str] = "truncation that gives back the dense output from the shifted input"
+    leaves: ClassVar[tuple[str, ...]] = ("down", "up")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.anchor <= 1:
+            raise RecipeError(f"aa_svd: anchor {self.anchor}; wanted 0 to 1")
+        if not 0 <= self.damping < math.inf:
+            raise RecipeError(f"aa_svd: damping {self.damping}; wanted 0 or more, a fraction of the mean input power")
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return (Gram, Cross)
+
+    def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
+        return rank_sizes(shape, itemsize)
+
+    def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
+        """Errors are what truncation adds to the least possible error, in the damped metric."""
+        wanted = self._best(weight, stats)
+        return rank_options(wanted, output_basis(wanted, self._metric(stats), vectors=False))
+
+    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
+        return low_rank(self._best(weight, stats), self._metric(stats), amount)
+
+    def _metric(self, stats: Stats) -> Float[Tensor, "in in"]:
+        gram = stats[Gram].mean()
+        power = gram.diagonal().mean()
+        if power == 0:  # nothing was observed: every direction counts alike
+            return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+        gram.diagonal().add_(self.damping * power)  # of the fresh tensor that `mean` made
+        return gram
+
+    def _best(self, weight: Float[Tensor, "out in"], stats: Stats) -> Float[Tensor, "out in"]:
+        """W*, in the weight's dtype.  The damping pulls it towards W, not towards zero."""
+        shift = self.anchor * (stats[Cross].mean() - stats[Gram].mean())
+        if not shift.any():
+            return weight
+        root, failed = torch.linalg.cholesky_ex(self._metric(stats))
+        if failed:
+            raise NumericalError(
+                f"aa_svd: the damped Gram matrix of {stats.tokens} tokens is not positive definite; raise damping"
+            )
+        moved = torch.cholesky_solve((weight.double() @ shift).T, root).T
+        return (weight.double() + moved).to(weight.dtype)

@@ -1,0 +1,81 @@
+"""Anchored truncation: the dense output from the shifted input, at the least error that the rank allows."""
+
+import pytest
+import torch
+
+from tersely.errors import RecipeError
+from tersely.methods.low_rank.aa_svd import AnchoredSVD
+from tersely.methods.low_rank.svd_llm import WhitenedSVD
+from tersely.stats import Cross, Gram, Stats
+
+
+def observed(dense: torch.Tensor, shifted: torch.Tensor) -> Stats:
+    stats = Stats({Gram: Gram(dense.shape[1]), Cross: Cross(dense.shape[1])})
+    for first in range(0, len(dense), 64):
+        stats.update(shifted[first : first + 64], dense[first : first + 64])
+    return stats
+
+
+@pytest.fixture
+def streams() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(24, 24, generator=generator, dtype=torch.float64)
+    dense = torch.randn(400, 24, generator=generator, dtype=torch.float64) @ mix
+    shifted = dense + 0.3 * torch.randn(400, 24, generator=generator, dtype=torch.float64) @ mix.roll(3, 0)
+    return torch.randn(16, 24, generator=generator, dtype=torch.float64), dense, shifted
+
+
+def error(weight: torch.Tensor, kind, dense: torch.Tensor, shifted: torch.Tensor) -> float:
+    return (dense @ weight.T - kind(shifted)).square().sum(-1).mean().item()
+
+
+def test_both_versions_of_the_input_are_told_apart(streams):
+    _, dense, shifted = streams
+    stats = observed(dense, shifted)
+    assert torch.allclose(stats[Gram].mean(), shifted.T @ shifted / 400)
+    assert torch.allclose(stats[Cross].mean(), dense.T @ shifted / 400)
+    assert torch.allclose(stats[Cross].dense(), dense.T @ dense / 400)
+    restored = Cross.restore(stats[Cross].state())
+    assert torch.equal(restored.mean(), stats[Cross].mean()) and restored.tokens == 400
+
+
+def test_its_error_is_the_dropped_energy_and_the_gap_that_no_rank_closes(streams):
+    """Identity 5: Σ_{i>r} σ_i(M)² + ‖W X‖² - ‖M‖² with M = W C L⁻ᵀ."""
+    weight, dense, shifted = streams
+    stats, method = observed(dense, shifted), AnchoredSVD(damping=0.0)
+    root = torch.linalg.cholesky(stats[Gram].mean())
+    whole = weight @ stats[Cross].mean() @ torch.linalg.inv(root).T
+    sigma = torch.linalg.svdvals(whole)
+    gap = ((weight @ stats[Cross].dense()) * weight).sum() - whole.square().sum()
+    for rank in (1, 5, 16):
+        wanted = (sigma[rank:].square().sum() + gap).item()
+        assert error(weight, method.compress(weight, stats, rank), dense, shifted) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [2, 7, 12])
+def test_nothing_of_that_rank_comes_closer_to_the_dense_output(streams, rank):
+    weight, dense, shifted = streams
+    anchored = AnchoredSVD(damping=0.0).compress(weight, observed(dense, shifted), rank)
+    best = error(weight, anchored, dense, shifted)
+    for other in (dense, shifted):
+        whitened = WhitenedSVD(damping=0.0).compress(weight, observed(other, other), rank)
+        assert best < error(weight, whitened, dense, shifted)
+
+
+def test_without_a_shift_or_without_an_anchor_it_is_whitening(streams):
+    weight, dense, shifted = streams
+    for stats, method in (
+        (observed(dense, dense), AnchoredSVD(damping=1e-6)),
+        (observed(dense, shifted), AnchoredSVD(anchor=0.0, damping=1e-6)),
+    ):
+        ours, whitened = method.compress(weight, stats, 6), WhitenedSVD().compress(weight, stats, 6)
+        assert torch.equal(ours.to_dense(), whitened.to_dense())
+
+
+def test_silent_inputs_and_wrong_fields():
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    silent = observed(torch.zeros(10, 8), torch.zeros(10, 8))
+    assert torch.isfinite(AnchoredSVD().compress(weight, silent, 3).to_dense()).all()
+    for fields in ({"anchor": 1.5}, {"anchor": -0.1}, {"damping": -1.0}):
+        with pytest.raises(RecipeError, match="aa_svd"):
+            AnchoredSVD(**fields)
