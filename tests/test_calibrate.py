@@ -15,7 +15,7 @@ from tersely.anatomy import Anatomy, anatomy_of
 from tersely.calibrate import ENOUGH, Blocks, Replay, StatisticsStore, Windows, read_windows, watch_list
 from tersely.checkpoint import ForeignNamesError, Source, open_source, rewrite_names
 from tersely.errors import NumericalError, RecipeError
-from tersely.kinds import LowRankLinear
+from tersely.kinds import LowRankLinear, Made
 from tersely.recipe import Calibration
 from tersely.stats import STATISTICS, AbsMax, Gram, Power, Stats
 
@@ -185,7 +185,7 @@ def test_a_block_is_followed_by_what_it_was_replaced_with(case):
     seen = seen_in_model(model, list(tried.anatomy.blocks))
 
     replay, blocks = replay_of(tried), blocks_of(tried)
-    replay.observe(blocks.cut(0, {name: (module.spec(), module.state_dict())}), {}, advance=True)
+    replay.observe(blocks.cut(0, {name: Made.of(module)}), {}, advance=True)
     block = blocks.dense(1)
     outputs = outputs_of(block)
     replay.observe(block, {}, advance=True)
@@ -197,7 +197,7 @@ def test_cutting_a_block_leaves_no_trace_in_the_next_one(case):
     tried = case("llama")
     blocks, name = blocks_of(tried), "model.layers.0.mlp.down_proj"
     module = LowRankLinear.from_factors(torch.ones(32, 2), torch.ones(2, 44))
-    cut = blocks.cut(0, {name: (module.spec(), module.state_dict())})
+    cut = blocks.cut(0, {name: Made.of(module)})
     assert isinstance(cut.mlp.down_proj, LowRankLinear)
     assert torch.equal(cut.mlp.down_proj.to_dense(), torch.full((32, 44), 2.0))
     dense = blocks.dense(0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersely.journal import commit_tensors, read_tensors
-from tersely.stats import STATISTICS, AbsMax, AbsMean, Gram, Power, Statistic, Stats
+from tersely.stats import STATISTICS, AbsMax, AbsMean, Cross, Gram, Power, Statistic, Stats
 
 WIDTH = 7
 
@@ -27,7 +27,14 @@ def gathered(kind: type[Statistic], *pieces: Tensor) -> Statistic:
 
 def by_definition(kind: type[Statistic], x: Tensor) -> Tensor:
     x = x.double()
-    return {Gram: x.T @ x / len(x), Power: x.square().mean(0), AbsMean: x.abs().mean(0), AbsMax: x.abs().amax(0)}[kind]
+    gram = x.T @ x / len(x)
+    return {
+        Gram: gram,
+        Cross: gram,  # nothing has been shifted
+        Power: x.square().mean(0),
+        AbsMean: x.abs().mean(0),
+        AbsMax: x.abs().amax(0),
+    }[kind]
 
 
 cuts = st.lists(st.integers(0, 40), max_size=5).map(sorted)  # any pieces of 40 rows, empty ones among them

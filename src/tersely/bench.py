@@ -106,7 +106,7 @@ QUANTIZE = tuple(
 
 FACTORS = {"method": "svd_llm", "keep": 0.6}
 HEAL = {"objective": ["logits"], "tokens": 300_000, "rate": 2e-3, "options": {"rank": 8}}
-TUNE = {"train": ["tokens"], "relax": "full", "tokens": 300_000, "rate": 5e-4}
+NOISE = {"tokens": 300_000, "rate": 5e-4, "quantizer_rate": 0.02, "activations": False}
 
 SHAPES = (
     *(Entry("stat", options={"target": ["mlp"], "keep": keep}, sizes=None) for keep in (0.9, 0.75, 0.5)),
@@ -122,10 +122,7 @@ SHAPES = (
     Entry("svd_llm", options={"keep": 0.6}, sizes=None),
     Entry("adapter", options=HEAL, sizes=None, steps=(FACTORS,)),
     Entry("kasa", options=HEAL | {"options": {"rank": 8, "truncate": False}}, sizes=None, steps=(FACTORS,)),
-    *(
-        Entry("nipq", options={"bits": bits, "tokens": 300_000, "activations": False}, sizes=None)
-        for bits in (4.0, 3.0)
-    ),
+    *(Entry("nipq", options=NOISE | {"bits": bits}, sizes=None) for bits in (4.0, 3.0)),
     Entry(
         "adapter",
         options=HEAL | {"options": {"rank": 4}},

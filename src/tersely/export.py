@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tersely.checkpoint import Edit, Source, State, locate, open_source, write_model
 from tersely.deltas.folder import open_any, outermost
 from tersely.errors import CheckpointError, RecipeError, unknown
-from tersely.kinds import LinearKind, LowRankLinear, Made, SumLinear, dense_weight
+from tersely.kinds import DenseLinear, LinearKind, LowRankLinear, Made, SumLinear, dense_weight
 from tersely.recipe import parse_size, read_recipe
 from tersely.train.peft_format import Update, write_adapter
 
@@ -73,14 +73,18 @@ def _peft(source: Source, destination: Path) -> None:
                 "merge = false on an ordinary model"
             )
         updates[name] = Update(*factors, 1.0)
-        taken |= {f"{name}.terms.0.{part}": f"{name}.{part}" for part in ("weight", "bias")}
+        inner = ".dense" if isinstance(module.get_submodule("terms.0"), DenseLinear) else ""
+        taken |= {f"{name}.terms.0{inner}.{part}": f"{name}.{part}" for part in ("weight", "bias")}
     updated = tuple(f"{name}.terms.1." for name in updates)
-    guards = {f"{name}.weight" for name in updates}
+    guards = {guard for name in updates for guard in (f"{name}.weight", f"{name}.terms.0.weight")} - taken.keys()
     for stored in source.stored:
         if stored.startswith(updated) or stored in guards:
             continue
         original = taken.get(stored, stored)
-        if original not in base.stored or not torch.equal(source.tensor(stored), base.tensor(original)):
+        tensor = source.tensor(stored)
+        # GPT-2's linears are stored (in, out), and their sums begin with the weight turned round
+        same = tensor.T if stored.endswith(".terms.0.dense.weight") else tensor
+        if original not in base.stored or not torch.equal(same, base.tensor(original)):
             raise CheckpointError(
                 f"{source.folder}: {original} is not that of the base {named}; an adapter alone cannot carry it"
             )
@@ -118,10 +122,12 @@ def _plain(module: nn.Module, place: nn.Module, dtype: torch.dtype) -> State:
 
 
 def _factors(module: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """up and down of the one low-rank update of a sum over a plain linear."""
-    if not isinstance(module, SumLinear) or len(module.terms) != 2 or type(module.terms[0]) is not nn.Linear:
+    """up and down of the one low-rank update of a sum over a plain linear, or over what stands for a `Conv1D`."""
+    if not isinstance(module, SumLinear) or len(module.terms) != 2:
         return None
-    update = module.terms[1]
+    first, update = module.terms
+    if type(first.dense if isinstance(first, DenseLinear) else first) is not nn.Linear:
+        return None
     if not isinstance(update, LowRankLinear) or any(type(f) is not nn.Linear for f in (update.down, update.up)):
         return None
     return update.up.weight.detach(), update.down.weight.detach()

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from tersely.anatomy import Anatomy, Site, Unit
+from tersely.anatomy import Anatomy, Site
 from tersely.checkpoint import Source
 from tersely.convert import attention_settings
 from tersely.errors import AnatomyError, RecipeError
 from tersely.methods import METHODS
 from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
 from tersely.steps.compressing import budget_bytes, targets_of
+from tersely.steps.training import settings_of
 from tersely.tables import build_allocator
 
 
@@ -40,25 +41,21 @@ class Outlook:
         if isinstance(step, RewriteStep):
             built.check(self._anatomy, self._source.config)
         elif isinstance(step, TrainStep):
+            settings_of(step)
             self._anatomy.select_places(step.target)
         elif isinstance(step, ConvertStep):
-            for unit in self._exchanged(built):
+            skeleton = self._source.skeleton()
+            for unit in self._anatomy.select_units(["attention"], built.roles):
+                built.check(unit)
+                attention_settings(skeleton, unit)
                 self._replace([unit.sites["o"]], ("dense",), step.name)
         elif isinstance(step, CacheStep):
             build_allocator(step.allocate)
-            for unit in self._exchanged(built):
+            budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)
+            for unit in self._anatomy.select_units(["attention"], built.roles):
                 self._replace([unit.sites["k"], unit.sites["v"]], ("down", "up"), step.name)
         else:
             self._check_method(step, built)
-
-    def _exchanged(self, built: Any) -> tuple[Unit, ...]:
-        """The attentions in whose place one of ours comes.  Raises AnatomyError where it would compute otherwise."""
-        units = self._anatomy.select_units(["attention"], built.roles)
-        skeleton = self._source.skeleton()
-        for unit in units:
-            built.check(unit)
-            attention_settings(skeleton, unit)
-        return units
 
     def _check_method(self, step: MethodStep, built: Any) -> None:
         build_allocator(step.allocate)
@@ -68,8 +65,8 @@ class Outlook:
             raise RecipeError(f"step {step.name!r}: a base goes with methods on single linears")
         if step.base is not None and self._replaced:
             raise RecipeError(
-                f"step {step.name!r}: a difference to a base needs the fine-tuned model as it was trained, and an earlier "
-                "step replaces its linears"
+                f"step {step.name!r}: a difference to a base needs the fine-tuned model as it was trained, and an "
+                "earlier step replaces its linears"
             )
         if step.method in METHODS:
             sites = list(self._anatomy.select(step.target))

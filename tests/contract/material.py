@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,6 +31,17 @@ SLACK = 2.0**-20  # as a share of the whole: the square of what is rounded away 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def for_every(
+    argument: str, table: Mapping[str, Any], defects: Mapping[str, str] | None = None
+) -> pytest.MarkDecorator:
+    """A test once for every entry of a table.  `defects`: name → what is known to be wrong with this entry and is not
+    mended yet; the test must fail then, so that the mark goes when the defect does."""
+    marks = {name: [pytest.mark.xfail(strict=True, reason=reason)] for name, reason in (defects or {}).items()}
+    assert marks.keys() <= table.keys(), "a defect of nothing"
+    cases = [pytest.param(entry, id=name, marks=marks.get(name, [])) for name, entry in table.items()]
+    return pytest.mark.parametrize(argument, cases)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------

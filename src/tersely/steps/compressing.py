@@ -71,9 +71,9 @@ def targets_of(
     if isinstance(step, CacheStep):
         skeleton = source.skeleton()
         units = anatomy.select_units(["attention"], CACHES[step.cache].roles)
-        settings = {unit.name: attention_settings(skeleton, unit) for unit in units}
         for unit in units:
             built.check(unit)
+        settings = {unit.name: attention_settings(skeleton, unit) for unit in units}
         return tuple(
             CacheTarget(unit, built, settings[unit.name], _norms(unit, settings[unit.name], source)) for unit in units
         )

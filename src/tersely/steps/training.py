@@ -50,6 +50,11 @@ def run(step: TrainStep, scene: Scene) -> Done:
     return Done(edit, touched, seconds={"train": plain["seconds"]}, figures={"training": plain["figures"]})
 
 
+def settings_of(step: TrainStep) -> Training:
+    """What the loop is told.  Raises RecipeError for values out of range."""
+    return Training(**{f.name: getattr(step, f.name) for f in fields(Training) if hasattr(step, f.name)})
+
+
 def _train(step: TrainStep, scene: Scene, places: tuple[Place, ...]) -> tuple[dict[str, Made | State], TrainingOutcome]:
     if scene.text is None:
         raise RecipeError("a step that trains needs text")
@@ -60,7 +65,7 @@ def _train(step: TrainStep, scene: Scene, places: tuple[Place, ...]) -> tuple[di
     relaxed = relax_sites(student, [place.name for place in places], relaxation, stats, generator)
     outcome = train(
         student,
-        Training(**{f.name: getattr(step, f.name) for f in fields(Training) if hasattr(step, f.name)}),
+        settings_of(step),
         objectives={name: OBJECTIVES[name]() for name in step.train},
         windows=scene.text,
         generator=generator,

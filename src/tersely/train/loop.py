@@ -161,6 +161,8 @@ class _Run:
         if self._journal is not None and self._journal.has(self._unit):
             self._restore(self._journal.read_tensors(self._unit))
         else:
+            if job.trained.relaxed:
+                self._price()  # an impossible budget is refused here, and learned widths settle before they are measured
             self._measure()
             if callback is not None:
                 callback(0, job.model)
