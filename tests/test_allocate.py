@@ -12,24 +12,46 @@ below.
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise, product
 
 import numpy
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, milp
 
-from tersely import allocate
-from tersely.allocate import ALLOCATORS, POINTS, Choice, Curve, Plan, curve_of, greedy, knapsack, uniform
+from tersely.allocate import (
+    ALLOCATORS,
+    POINTS,
+    Choice,
+    Curve,
+    Measures,
+    Plan,
+    Spectrum,
+    curve_of,
+    effective_rank,
+    greedy,
+    importance,
+    knapsack,
+    lems,
+    lems_probe,
+    optimum,
+    ratio_probes,
+    sensitivity,
+    svd_llm_v2,
+    uniform,
+)
 from tersely.errors import NumericalError, RecipeError
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.option import Option
+from tersely.stats import Stats
 
-every_allocator = pytest.mark.parametrize(
-    "divide", [allocator.divide for allocator in ALLOCATORS.values()], ids=ALLOCATORS
-)
+every_allocator = pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=ALLOCATORS)
+BY_SHARE = (uniform, svd_llm_v2)
+"""Those that refuse a budget of which not everyone's share buys something."""
 SLACK = 1e-9  # rounding of losses of up to a few hundred bytes
 quick = settings(max_examples=150, deadline=None, database=None)
 
@@ -123,13 +145,13 @@ def with_budget(draw: st.DrawFn, curves: st.SearchStrategy[list[Curve]], budgets
 @every_allocator
 @quick
 @given(case=with_budget(some_curves()))
-def test_no_plan_exceeds_its_budget(divide, case):
+def test_no_plan_exceeds_its_budget(allocator, case):
     curves, budget = case
     try:
-        plan = divide(curves, budget)
+        plan = allocator.divide(curves, budget)
     except RecipeError:
-        # the others can always meet the bytes of the smallest plan; uniform also needs every share to buy something
-        assert divide is uniform
+        # the others can always meet the bytes of the smallest plan
+        assert allocator.rule in BY_SHARE
         return
     assert plan.nbytes <= budget == plan.budget
     assert plan.dense_bytes == dense_bytes(curves)
@@ -143,13 +165,13 @@ def test_no_plan_exceeds_its_budget(divide, case):
 @every_allocator
 @quick
 @given(case=with_budget(some_curves()))
-def test_what_costs_as_much_as_the_dense_weight_is_never_chosen(divide, case):
+def test_what_costs_as_much_as_the_dense_weight_is_never_chosen(allocator, case):
     curves, budget = case
     assert all(
         option.amount is None or option.nbytes < curve.dense_bytes for curve in curves for option in curve.options
     )
     try:
-        plan = divide(curves, budget)
+        plan = allocator.divide(curves, budget)
     except RecipeError:
         return
     for choice in plan.choices.values():
@@ -159,8 +181,8 @@ def test_what_costs_as_much_as_the_dense_weight_is_never_chosen(divide, case):
 @every_allocator
 @quick
 @given(curves=some_curves())
-def test_the_whole_budget_leaves_everything_dense(divide, curves):
-    plan = divide(curves, dense_bytes(curves))
+def test_the_whole_budget_leaves_everything_dense(allocator, curves):
+    plan = allocator.divide(curves, dense_bytes(curves))
     assert {choice.amount for choice in plan.choices.values()} == {None}
     assert loss(plan, curves) == 0.0
     assert plan.nbytes == plan.dense_bytes
@@ -169,15 +191,15 @@ def test_the_whole_budget_leaves_everything_dense(divide, curves):
 @every_allocator
 @quick
 @given(curves=some_curves(), keep=st.floats(0.001, 0.999))
-def test_a_budget_too_small_is_refused_with_one_that_is_just_enough(divide, curves, keep):
+def test_a_budget_too_small_is_refused_with_one_that_is_just_enough(allocator, curves, keep):
     dense = dense_bytes(curves)
     try:
-        divide(curves, int(keep * dense))
+        allocator.divide(curves, int(keep * dense))
     except RecipeError as error:
         named, asked = re.search(r"^(\S+): .*keep at least ([\d.]+)$", str(error)).groups()
         assert named in {curve.site for curve in curves}
-        divide(curves, int(float(asked) * dense * (1 + 1e-12)))
-        if divide is not uniform:
+        allocator.divide(curves, int(float(asked) * dense * (1 + 1e-12)))
+        if allocator.rule not in BY_SHARE:
             assert float(asked) * dense <= least_bytes(curves) + 0.001 * dense
 
 
@@ -329,7 +351,7 @@ def test_a_large_division_is_exact_too():
 
 
 def test_too_many_equal_plans_are_refused(monkeypatch):
-    monkeypatch.setattr(allocate, "STATES", 3)
+    monkeypatch.setattr(optimum, "STATES", 3)
     curves = many_curves(12, 12, 0)
     with pytest.raises(NumericalError, match="use the greedy allocator"):
         knapsack(curves, int(0.4 * dense_bytes(curves)))
@@ -480,3 +502,233 @@ choices = st.builds(
 def test_a_plan_reads_back_as_it_was_written(plan):
     assert Plan.from_json(plan.to_json()) == plan
     assert list(Plan.from_json(plan.to_json()).choices) == list(plan.choices)
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+def fine_curve(site: str, size: int, error: float = 1.0, role: str = "", rank: float = 1.0, tokens: int = 1) -> Curve:
+    """One byte a step, the same error everywhere but at nothing removed: as good as continuous."""
+    options = (*(Option(b, b, error) for b in range(1, size)), Option(None, size, 0.0))
+    return Curve(site, size, error, options, role, tokens, Spectrum(rank, 1.0))
+
+
+@quick
+@given(
+    errors=st.lists(st.floats(0.5, 1e6), min_size=2, max_size=5),
+    keep=st.integers(30, 95),
+    tokens=st.sampled_from([1, 4096]),
+)
+def test_v2_removes_by_the_inverse_logarithm_of_the_loss_and_on_average_what_was_asked(errors, keep, tokens):
+    """R_i = n R c_i / Σ c with c = 1 / log(1 + L): equal to a byte, hence the mean is R to a byte."""
+    curves = [fine_curve(str(k), 1000, error, tokens=tokens) for k, error in enumerate(errors)]
+    scores = [1 / math.log1p(math.sqrt(tokens * error)) for error in errors]
+    removed = [len(errors) * (1000 - 10 * keep) * score / sum(scores) for score in scores]
+    assume(max(removed) < 999)
+    plan = svd_llm_v2(curves, 10 * keep * len(errors))
+    for curve, share in zip(curves, removed, strict=True):
+        assert plan.choices[curve.site].nbytes == pytest.approx(1000 - share, abs=len(errors) + 1)
+    assert 0 <= plan.budget - plan.nbytes < len(errors)
+
+
+def test_v2_gives_what_one_site_cannot_lose_to_the_others_of_its_role():
+    curves = [fine_curve("loud", 1000, 1e12), fine_curve("quiet", 1000, 1e-4)]
+    plan = svd_llm_v2(curves, 700)
+    # the quiet one alone would lose nearly all of the 1300 bytes, and has 999
+    assert {site: choice.nbytes for site, choice in plan.choices.items()} == {"loud": 699, "quiet": 1}
+
+
+@quick
+@given(with_budget(some_curves(sites=4)), st.data())
+def test_v2_keeps_every_role_at_its_share(case, data):
+    curves, budget = case
+    curves = [replace(c, role=data.draw(st.sampled_from(["attention.q", "mlp.up"]))) for c in curves]
+    try:
+        plan = svd_llm_v2(curves, budget)
+    except RecipeError:
+        return
+    for role in {curve.role for curve in curves}:
+        group = [curve for curve in curves if curve.role == role]
+        spent = sum(plan.choices[curve.site].nbytes for curve in group)
+        assert spent * dense_bytes(curves) < (budget + 1) * dense_bytes(group)
+
+
+@pytest.mark.parametrize(
+    ("energies", "rank"), [([4.0] * 6, 6.0), ([7.0, 0, 0, 0, 0, 0], 1.0), ([1, 1, 1, 0, 0, 0], 3.0), ([0.0] * 6, 1.0)]
+)
+def test_the_effective_rank_counts_the_directions_that_matter(energies, rank):
+    left = [sum(energies[k:]) for k in range(7)]
+    curve = curve_of("site", [Option(k, 10 * k, float(error)) for k, error in enumerate(left)], 35)
+    assert curve.spectrum.effective_rank == pytest.approx(rank)
+    assert curve.spectrum.step_bytes == 10
+
+
+def test_the_effective_rank_is_that_of_all_ranks_and_not_of_those_that_pay():
+    """Beyond break-even and between the points of a thinned curve lie singular values that count too."""
+    generator = numpy.random.default_rng(0)
+    weight = torch.from_numpy(generator.standard_normal((700, 600)))
+    shares = torch.linalg.svdvals(weight).square()
+    shares = shares / shares.sum()
+    curve = curve_of("site", PlainSVD().options(weight, Stats()), weight.nbytes)
+    assert len(curve.options) == POINTS + 1
+    assert curve.spectrum.effective_rank == pytest.approx(math.exp(-(shares * shares.log()).sum().item()), rel=1e-9)
+    assert curve.spectrum.step_bytes == 1300 * 8
+
+
+@quick
+@given(
+    sites=st.lists(st.tuples(st.floats(1, 400), st.integers(1, 30), st.integers(400, 900)), min_size=2, max_size=4),
+    keep=st.floats(0.1, 0.95),
+)
+def test_ranks_by_effective_rank_minimise_what_the_paper_minimises(sites, keep):
+    """Σ R/k at Σ ω k = budget and k within what a site has: no bytes moved between two sites make it less."""
+    curves = [
+        replace(fine_curve(str(k), size), spectrum=Spectrum(rank, width)) for k, (rank, width, size) in enumerate(sites)
+    ]
+    plan = effective_rank(curves, int(keep * dense_bytes(curves)))
+    got = [plan.choices[curve.site].nbytes for curve in curves]
+
+    def cost(nbytes: Sequence[float]) -> float:
+        return sum(rank * width / b for (rank, width, _), b in zip(sites, nbytes, strict=True))
+
+    for giver, taker in product(range(len(sites)), repeat=2):
+        moved = list(got)
+        moved[giver] -= 8
+        moved[taker] += 8
+        if giver != taker and moved[giver] > 0 and moved[taker] <= sites[taker][2]:
+            assert cost(moved) >= cost(got)
+
+
+def test_ranks_by_effective_rank_are_the_closed_form_where_nothing_is_capped():
+    curves = [
+        replace(fine_curve(str(k), 10_000), spectrum=Spectrum(r, w)) for k, (r, w) in enumerate([(9, 4), (25, 1)])
+    ]
+    plan = effective_rank(curves, 5500)
+    # √(9 · 4) : √(25 · 1) = 6 : 5
+    assert [choice.nbytes for choice in plan.choices.values()] == [3000, 2500]
+
+
+@quick
+@given(
+    similar=st.lists(st.floats(-0.5, 0.95), min_size=2, max_size=5),
+    sizes=st.lists(st.integers(500, 900), min_size=5, max_size=5),
+    keep=st.floats(0.05, 0.6),
+)
+def test_importance_keeps_on_average_what_was_asked(similar, sizes, keep):
+    """ρ = mrr + I (trr - mrr) with mrr half of trr and I = (1 - cosine) / mean; the mean over bytes is trr."""
+    curves = [fine_curve(str(k), sizes[k]) for k in range(len(similar))]
+    dense = dense_bytes(curves)
+    changed = [1 - s for s in similar]
+    mean = sum(x * c.dense_bytes for x, c in zip(changed, curves, strict=True)) / dense
+    kept = [keep / 2 + x / mean * (keep - keep / 2) for x in changed]
+    assume(max(kept) < 0.99 and min(kept) > 0.01)
+    plan = importance(curves, int(keep * dense), Measures({c.site: s for c, s in zip(curves, similar, strict=True)}))
+    for curve, share in zip(curves, kept, strict=True):
+        assert plan.choices[curve.site].nbytes == pytest.approx(share * curve.dense_bytes, abs=len(curves) + 2)
+    assert 0 <= plan.budget - plan.nbytes < len(curves)
+
+
+def test_a_block_that_changes_nothing_keeps_what_is_sure():
+    curves = [fine_curve("idle", 1000), fine_curve("works", 1000)]
+    plan = importance(curves, 800, Measures({"idle": 1 + 1e-9, "works": 0.2}))
+    assert {site: choice.nbytes for site, choice in plan.choices.items()} == {"idle": 200, "works": 600}
+    plan = importance(curves, 800, Measures({"idle": 1.0, "works": 1.0}))
+    assert {choice.nbytes for choice in plan.choices.values()} == {400}
+
+
+@pytest.mark.parametrize("divide", [lems, sensitivity, importance])
+def test_a_site_that_was_not_measured_among_others_is_a_mistake(divide):
+    curves = [fine_curve("one", 10), fine_curve("two", 10)]
+    with pytest.raises(KeyError, match="two"):
+        divide(curves, 15, Measures({"one": 0.5}, {"one": dict.fromkeys(range(10), 1.0)}))
+
+
+# --- measured on the model --------------------------------------------------------------------------------------------
+
+
+@st.composite
+def measured_curves(draw: st.DrawFn) -> tuple[list[Curve], list[Fraction], Measures]:
+    """Curves; what a unit of error of each site does to the model; and the measurements that tell it."""
+    curves = draw(some_curves(sites=4))
+    rates = [draw(st.integers(1, 40)) for _ in curves]
+    harm = {c.site: {o.nbytes: r * o.error for o in lems_probe(c)} for c, r in zip(curves, rates, strict=True)}
+    return curves, [Fraction(rate) for rate in rates], Measures(harm=harm)
+
+
+@quick
+@given(measured_curves(), st.data())
+def test_lems_with_exact_divergences_is_the_best_of_all_plans(case, data):
+    curves, rates, measures = case
+    budget = data.draw(st.integers(least_bytes(curves), dense_bytes(curves) + 3))
+
+    def suffered(options: Sequence[Option]) -> Fraction:
+        return sum((r * Fraction(o.error) for r, o in zip(rates, options, strict=True)), Fraction(0))
+
+    plan = lems(curves, budget, measures)
+    plans = (p for p in product(*(c.options for c in curves)) if sum(o.nbytes for o in p) <= budget)
+    least = min(suffered(options) for options in plans)
+    assert plan.nbytes <= budget
+    assert suffered([chosen(c, plan) for c in curves]) == pytest.approx(float(least), abs=SLACK)
+
+
+def test_lems_leaves_dense_what_the_model_cannot_do_without():
+    """Both sites have the same curve, and knapsack cannot tell them apart."""
+    options = [Option(r, 10 * r, 10.0 - r) for r in range(10)]
+    curves = [curve_of("vital", options, 95), curve_of("idle", options, 95)]
+    measures = Measures(harm={"vital": {10: 3.0}, "idle": {10: 0.01}})
+    assert [o.nbytes for o in lems_probe(curves[0])] == [10]
+    assert lems(curves, 120, measures).choices["vital"].amount is None
+    assert lems(curves, 120, measures).choices["idle"].amount == 2
+
+
+def test_a_divergence_below_zero_is_rounding():
+    curves = [curve_of(name, [Option(r, 10 * r, 4.0 - r) for r in range(4)], 35) for name in ("a", "b")]
+    plan = lems(curves, 45, Measures(harm={"a": {10: -1e-9}, "b": {10: 1.0}}))
+    assert {site: choice.nbytes for site, choice in plan.choices.items()} == {"a": 10, "b": 35}
+
+
+def test_the_search_by_sensitivity_worked_by_hand():
+    """Three sites of 100 bytes at ratios 0.3 and 0.6.  Sorted: a.3 (9), b.3 (8), c.3 (5), a.6 (4), c.6 (2), b.6 (1)."""
+    curves = [curve_of(site, [Option(3, 30, 2.0), Option(6, 60, 1.0)], 100) for site in "abc"]
+    harm = {"a": {30: 9.0, 60: 4.0}, "b": {30: 8.0, 60: 1.0}, "c": {30: 5.0, 60: 2.0}}
+    expected = {
+        # budget: bytes of a, b, c
+        300: (100, 100, 100),
+        299: (100, 60, 100),
+        260: (100, 60, 100),
+        259: (100, 60, 60),
+        219: (60, 60, 60),
+        179: (60, 60, 30),
+        149: (60, 30, 30),
+        119: (30, 30, 30),
+        90: (30, 30, 30),
+    }
+    for budget, nbytes in expected.items():
+        plan = sensitivity(curves, budget, Measures(harm=harm))
+        assert tuple(choice.nbytes for choice in plan.choices.values()) == nbytes, budget
+
+
+def test_a_smaller_ratio_that_hurts_less_than_a_larger_one_is_taken_first():
+    curves = [curve_of("odd", [Option(3, 30, 2.0), Option(6, 60, 1.0)], 100), fine_curve("other", 100)]
+    harm = {"odd": {30: 1.0, 60: 5.0}, "other": {o.nbytes: 9.0 for o in ratio_probes(curves[1])}}
+    assert sensitivity(curves, 199, Measures(harm=harm)).choices["odd"].nbytes == 30
+
+
+@quick
+@given(some_curves())
+def test_probes_are_options_of_their_curve(curves):
+    for curve in curves:
+        smaller = [o for o in curve.options if o.amount is not None]
+        ratios, (tenth,) = ratio_probes(curve), lems_probe(curve)
+        assert ratios[0] == smaller[0] and len(ratios) <= 10
+        assert all(option in smaller for option in [*ratios, tenth])
+        assert abs(tenth.nbytes - curve.dense_bytes / 10) == min(
+            abs(o.nbytes - curve.dense_bytes / 10) for o in smaller
+        )
+
+
+def test_a_site_that_can_only_stay_dense_is_not_probed():
+    stuck = curve_of("stuck", [], 10)
+    assert ratio_probes(stuck) == lems_probe(stuck) == []
+    for divide in (lems, sensitivity):
+        assert divide([stuck], 10, Measures(harm={"stuck": {}, "x": {1: 1.0}})).choices["stuck"].amount is None

@@ -28,7 +28,7 @@ from tersely.stats import Gram, Stats
 SHAPES = {"wide": (40, 72), "tall": (72, 40), "square": (64, 64)}
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
-MIXED = DeltaCoMe(bits="8+3+2", ranks="2+8", group=32)
+MIXED = DeltaCoMe(widths="8+3+2", ranks="2+8", group=32)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -66,7 +66,7 @@ def lost(weight: Tensor, module: nn.Module, x: Tensor) -> float:
 
 @every_shape
 @pytest.mark.parametrize(
-    "method", [MIXED, DeltaCoMe(), DeltaCoMe(bits="16+4", ranks="3"), DeltaCoMe(bits="2", ranks="")]
+    "method", [MIXED, DeltaCoMe(), DeltaCoMe(widths="16+4", ranks="3"), DeltaCoMe(widths="2", ranks="")]
 )
 def test_sizes_are_the_bytes_of_the_module(shape, method):
     weight, _, stats = case(shape)
@@ -112,7 +112,7 @@ def test_each_group_is_a_pair_of_factors_in_its_own_bits(shape):
 def test_the_codes_are_those_of_the_singular_vectors():
     """σ lives in the scales of the rows: a row times a power of two has the same codes."""
     weight, _, stats = case((40, 72))
-    method = DeltaCoMe(bits="3", ranks="", group=0)
+    method = DeltaCoMe(widths="3", ranks="", group=0)
     down = method.compress(weight.float(), stats, 12).down
     vectors = torch.linalg.svd(weight, full_matrices=False).Vh[:12]
     sizes = torch.linalg.svdvals(weight)[:12].log2().round()
@@ -131,7 +131,7 @@ def test_the_codes_are_those_of_the_singular_vectors():
 @pytest.mark.parametrize("refit", [False, True])
 def test_unrounded_and_of_full_rank_it_is_the_difference_itself(shape, metric, refit):
     weight, x, stats = case(shape)
-    method = DeltaCoMe(bits="16+16", ranks="5", metric=metric, refit=refit)
+    method = DeltaCoMe(widths="16+16", ranks="5", metric=metric, refit=refit)
     module = method.compress(weight, stats, min(shape))
     assert lost(weight, module, x) <= 1e-12 * (x @ weight.T).square().sum(-1).mean().item()
     assert (module.to_dense() - weight).norm() <= 1e-12 * weight.norm()
@@ -141,7 +141,7 @@ def test_unrounded_and_of_full_rank_it_is_the_difference_itself(shape, metric, r
 @pytest.mark.parametrize("metric", ["plain", "gram"])
 def test_without_rounding_the_predicted_loss_is_the_measured_one(shape, metric):
     weight, x, stats = case(shape)
-    method = DeltaCoMe(bits="16", ranks="", metric=metric)
+    method = DeltaCoMe(widths="16", ranks="", metric=metric)
     for option in method.options(weight, stats)[1::7]:
         assert lost(weight, method.compress(weight, stats, option.amount), x) == pytest.approx(option.error, abs=1e-9)
 
@@ -150,7 +150,7 @@ def test_without_rounding_the_predicted_loss_is_the_measured_one(shape, metric):
 @pytest.mark.parametrize("metric", ["plain", "gram"])
 def test_predictions_fall_and_bound_what_error_feedback_loses(shape, metric):
     weight, x, stats = case(shape)
-    method = DeltaCoMe(bits="8+3", ranks="2", group=32, metric=metric)
+    method = DeltaCoMe(widths="8+3", ranks="2", group=32, metric=metric)
     options = method.options(weight, stats)
     assert all(more.error <= less.error for less, more in pairwise(options))
     assert options[0].error == pytest.approx((x @ weight.T).square().sum(-1).mean().item())
@@ -176,7 +176,7 @@ def test_error_feedback_beats_rounding_and_up_can_answer_for_what_down_lost(shap
     paper, the other order loses about the same."""
     weight, x, stats = case(shape)
     gram, rank = stats[Gram].mean(), 24
-    module = DeltaCoMe(bits=str(bits), ranks="", group=32).compress(weight, stats, rank)
+    module = DeltaCoMe(widths=str(bits), ranks="", group=32).compress(weight, stats, rank)
     u, s, vt = torch.linalg.svd(weight, full_matrices=False)
     up, down = u[:, :rank], s[:rank, None] * vt[:rank]
     nearest = rounded(up, bits) @ rounded(down, bits)
@@ -186,7 +186,7 @@ def test_error_feedback_beats_rounding_and_up_can_answer_for_what_down_lost(shap
         return ((weight - other) @ gram * (weight - other)).sum().item()
 
     ours = lost(weight, module, x)
-    refit = DeltaCoMe(bits=str(bits), ranks="", group=32, refit=True).compress(weight, stats, rank)
+    refit = DeltaCoMe(widths=str(bits), ranks="", group=32, refit=True).compress(weight, stats, rank)
     assert max(ours, off(turned)) < off(nearest)
     assert ours == pytest.approx(off(turned), rel=0.25)
     assert lost(weight, refit, x) < min(ours, off(turned))
@@ -208,7 +208,7 @@ def test_mixed_precision_loses_less_than_one_precision_than_plain_ranks_at_equal
     budget = of_codes(shape, {8: 2, 3: 8, 2: 30})  # a tenth of the matrix in 16 bits
     mixed = lost(weight, MIXED.compress(weight, stats, 40), x)
     assert of_codes(shape, {2: 50}) == budget
-    single = lost(weight, DeltaCoMe(bits="2", ranks="", group=32).compress(weight, stats, 50), x)
+    single = lost(weight, DeltaCoMe(widths="2", ranks="", group=32).compress(weight, stats, 50), x)
     assert of_codes(shape, {16: 6}) <= budget
     plain = lost(weight, PlainSVD().compress(weight, stats, 6), x)
     assert mixed < single and mixed < plain
@@ -238,7 +238,7 @@ def test_our_two_options_lose_less(shape):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (13, 1), (7, 33), (33, 7)])
 @pytest.mark.parametrize("refit", [False, True])
 def test_any_shape_and_dtype(shape, dtype, refit):
-    method = DeltaCoMe(bits="8+3+2", ranks="1+2", group=4, refit=refit)
+    method = DeltaCoMe(widths="8+3+2", ranks="1+2", group=4, refit=refit)
     weight, x = long_tailed(shape).to(dtype), correlated(shape[1], 20)
     before = weight.clone()
     module = method.compress(weight, observed(x), min(shape))
@@ -253,7 +253,7 @@ def test_any_shape_and_dtype(shape, dtype, refit):
 
 @pytest.mark.parametrize("refit", [False, True])
 def test_nothing_changed_nothing_observed_and_little_observed(refit):
-    method = DeltaCoMe(bits="8+2", ranks="2", group=8, refit=refit, metric="gram")
+    method = DeltaCoMe(widths="8+2", ranks="2", group=8, refit=refit, metric="gram")
     zero, silent, few = torch.zeros(12, 16), torch.zeros(30, 16, dtype=torch.float64), correlated(16, 3)
     assert not method.compress(zero, observed(few), 6)(normal(4, 16).float()).any()
     for x in (silent, few):

@@ -221,8 +221,8 @@ def test_what_is_no_attention_is_refused():
     units = anatomy_of(tiny_model("llama")).units
     for unit in units:
         if unit.role == "attention":
-            FoPE().check(unit)
+            FoPE().check(unit, settings())
         else:
             with pytest.raises(AnatomyError, match="no attention"):
-                FoPE().check(unit)
+                FoPE().check(unit, settings())
     assert CONVERSIONS["fope"]() == FoPE()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersely.journal import commit_tensors, read_tensors
-from tersely.stats import STATISTICS, AbsMax, AbsMean, Cross, Gram, Power, Statistic, Stats
+from tersely.stats import STATISTICS, AbsMax, AbsMean, Cross, Fisher, Gram, OutputGram, Power, Statistic, Stats
 
 WIDTH = 7
 
@@ -31,6 +31,8 @@ def by_definition(kind: type[Statistic], x: Tensor) -> Tensor:
     return {
         Gram: gram,
         Cross: gram,  # nothing has been shifted
+        OutputGram: gram,  # of gradients in the place of inputs
+        Fisher: x.square().mean(0),  # of the rows of a weight's gradient
         Power: x.square().mean(0),
         AbsMean: x.abs().mean(0),
         AbsMax: x.abs().amax(0),

@@ -38,8 +38,8 @@ METHODS: dict[str, Method] = {
     "low rank (plain SVD, 16 bits)": PlainSVD(),
     "low rank (whitened, 16 bits)": WhitenedSVD(),
     "delta_come 8+3+2, ranks 1+4": DeltaCoMe(ranks="1+4"),
-    "delta_come 3": DeltaCoMe(bits="3", ranks=""),
-    "delta_come 2": DeltaCoMe(bits="2", ranks=""),
+    "delta_come 3": DeltaCoMe(widths="3", ranks=""),
+    "delta_come 2": DeltaCoMe(widths="2", ranks=""),
     "delta_come 8+3+2, refit": DeltaCoMe(ranks="1+4", refit=True),
     "delta_come 8+3+2, refit, gram": DeltaCoMe(ranks="1+4", refit=True, metric="gram"),
 }

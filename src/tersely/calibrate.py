@@ -26,7 +26,7 @@ from tersely.errors import NumericalError, RecipeError
 from tersely.journal import commit_tensors, read_tensors
 from tersely.kinds import Made
 from tersely.recipe import Calibration
-from tersely.stats import STATISTICS, Statistic, Stats
+from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
 from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
 
 TOKENS_AT_ONCE = 4096
@@ -246,7 +246,14 @@ class StatisticsStore:
 def watch_list(
     anatomy: Anatomy, block: int, wanted: Iterable[Site], needs: Iterable[type[Statistic]], device: str
 ) -> dict[str, tuple[str, Stats]]:
-    """The inputs that the wanted sites of a block read, with empty statistics: the argument of `Replay.observe`."""
+    """The inputs that the wanted sites of a block read, with empty statistics: the argument of `Replay.observe`.
+
+    Raises ValueError for statistics of gradients, which no replay shows; see `gradients`.
+    """
+    needs = tuple(needs)
+    foreign = [kind.__name__ for kind in needs if keyed_by(kind) != "input"]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)}: no statistic of inputs; gradients are gathered by `gradients.gather`")
     prefix = f"{anatomy.blocks[block]}."
     chosen = {site.reads for site in wanted}
     watched = {}

@@ -32,7 +32,7 @@ def catalogue() -> dict[str, Any]:
     }
     return plain | {
         "objectives": [{"name": name, "summary": kind.summary} for name, kind in OBJECTIVES.items()],
-        "allocators": [{"name": name, "summary": entry.summary} for name, entry in ALLOCATORS.items()],
+        "allocators": [{"name": n, "summary": a.summary, "paper": a.paper} for n, a in ALLOCATORS.items()],
         "diagnoses": [{"name": name, "summary": entry.summary} for name, entry in DIAGNOSES.items()],
         "kinds": [{"name": name, "summary": _first_line(kind)} for name, kind in KINDS.items()],
         "families": list(FAMILIES),

@@ -12,6 +12,7 @@ from tersely.anatomy import Anatomy, Site
 from tersely.checkpoint import Source
 from tersely.convert import attention_settings
 from tersely.errors import AnatomyError, RecipeError
+from tersely.kinds.attention import LINEARS, Attention
 from tersely.methods import METHODS
 from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
 from tersely.steps.compressing import budget_bytes, targets_of
@@ -27,6 +28,12 @@ class Outlook:
         self._source = source
         self._replaced: set[str] = set()
         """Sites that exist no more, and those that stand in their places."""
+        self._latent = {
+            f"{path}.{LINEARS[role]}"
+            for path, spec in source.manifest.items()
+            if spec["kind"] == Attention.name and spec["latent"]
+            for role in ("k", "v")
+        }
         self._used: dict[str, str] = {}
         """Site → what left nothing of it."""
 
@@ -42,20 +49,35 @@ class Outlook:
             built.check(self._anatomy, self._source.config)
         elif isinstance(step, TrainStep):
             settings_of(step)
-            self._anatomy.select_places(step.target)
+            places = self._anatomy.select_places(step.target)
+            latent = [place.name for place in places if place.name in self._latent]
+            if latent:
+                raise AnatomyError(
+                    f"{latent[0]} is read as two factors by the cache of latents; leave k and v untrained"
+                )
+            self._check_training(step, built, [place.name for place in places])
         elif isinstance(step, ConvertStep):
             skeleton = self._source.skeleton()
             for unit in self._anatomy.select_units(["attention"], built.roles):
-                built.check(unit)
-                attention_settings(skeleton, unit)
+                built.check(unit, attention_settings(skeleton, unit))
                 self._replace([unit.sites["o"]], ("dense",), step.name)
         elif isinstance(step, CacheStep):
             build_allocator(step.allocate)
             budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)
             for unit in self._anatomy.select_units(["attention"], built.roles):
                 self._replace([unit.sites["k"], unit.sites["v"]], ("down", "up"), step.name)
+                self._latent |= {unit.sites["k"].name, unit.sites["v"].name}
         else:
             self._check_method(step, built)
+
+    def _check_training(self, step: TrainStep, built: Any, places: list[str]) -> None:
+        sites = {site.name: site for site in self._anatomy.sites}
+        plain = [sites[name] for name in places if name in sites]
+        packed = [n for n in places if n not in sites and not any(site.startswith(f"{n}.") for site in sites)]
+        shapes = [(site.out_features, site.in_features) for site in plain]
+        built.check(shapes, len(places) - len(plain), len(packed), step.bits)
+        if built.leaves is not None:
+            self._replace(plain, built.leaves, step.name)
 
     def _check_method(self, step: MethodStep, built: Any) -> None:
         build_allocator(step.allocate)

@@ -295,11 +295,9 @@ def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str,
     selected = {name for done in results for name in done.touched}
     # a later step may address the parts of what an earlier one left behind: what counts is the linear they came from
     targets = [s for s in anatomy.sites if any(n == s.name or n.startswith(f"{s.name}.") for n in selected)]
-    dense = [
-        s.name
-        for s in targets
-        if f"{s.name}.weight" in result.stored and result.stored[f"{s.name}.weight"].shape != (0,)
-    ]
+    # what trained or was converted may still bear its stock name; what no step put anything in place of was left alone
+    changed = {path for done in results for path in (*done.edit.replaced, *done.edit.plain)}
+    dense = [s.name for s in targets if not any(_related(s.name, path) for path in changed)]
     degraded = {site: reason for done in results for site, reason in done.degraded.items()}
     coverage = anatomy.coverage(
         targets, {name: "degraded, left dense" if name in degraded else "left dense by the plan" for name in dense}
@@ -323,6 +321,11 @@ def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str,
         calibration=None if prepared.windows is None else prepared.windows.describe(),
         seconds=seconds,
     )
+
+
+def _related(first: str, second: str) -> bool:
+    """Whether two paths are one, or one lies inside the other."""
+    return first == second or first.startswith(f"{second}.") or second.startswith(f"{first}.")
 
 
 def _sizes(prepared: Prepared, targets: Sequence[str], result: Source) -> list[Row]:

@@ -35,6 +35,7 @@ from tersely.steps.compressing import OVERHEAD, OVERHEAD_PER_SITE, base_of, budg
 from tersely.tables import build
 from tersely.targets import Target
 from tersely.text import read_text
+from tersely.train.data import hold_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +148,7 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
         raise RecipeError(f"{folder}: {found.anatomy.family} needs a first token and the tokenizer has no bos_token")
     if calibrated:
         windows = read_windows(recipe.calibration, tokenizer, config, recipe.seed, first_token)
-        widest = max(site.in_features for site in found.anatomy.sites)
+        widest = max((site.in_features for site in found.anatomy.sites), default=0)
         warnings += [w for w in (windows.shortage(widest),) if w]
     texts_of = {
         number: read_windows(
@@ -160,6 +161,10 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
         for number, sources in enumerate(trained(recipe))
         if sources
     }
+    for number, text in texts_of.items():
+        step = recipe.step[number]
+        assert isinstance(step, TrainStep)  # no other step has texts
+        hold_out(text.tokens, step.held_out)
     _check_disk(out, found.disk_bytes)
     digest = found.source.check_weights()
     resolved = _resolved(recipe, found.objects, found.source, windows)

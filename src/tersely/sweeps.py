@@ -7,7 +7,8 @@
 Two sweeps, because two wishes collide: to divide a budget globally, every curve must be known before the first cut; to
 fit a block to the inputs that it will really see, all blocks before it must be cut.  An allocator that needs no curves
 skips the first sweep.  With ``propagate = "none"`` every target is fitted to the dense model's inputs; one sweep
-observes them, spills the statistics to disk, and the second one reads them.
+observes them, spills the statistics to disk, and the second one reads them.  Gradients of the loss take the whole model
+at once: they are gathered when first asked for, of the dense model whatever is propagated, and kept on disk.
 
 Every finished block is a unit of the journal, so that a stopped run loses one block at most.
 """
@@ -25,15 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersely.allocate import Allocator, Choice, Curve, Plan, curve_of
+from tersely.allocate import Allocator, Choice, Curve, Measures, Plan, curve_of
 from tersely.anatomy import Anatomy, Site
 from tersely.calibrate import Blocks, Replay, StatisticsStore, watch_list
 from tersely.checkpoint import Source, State
 from tersely.errors import NumericalError, RecipeError
+from tersely.gradients import GradientStatistics
 from tersely.journal import Journal
 from tersely.kinds import Kind, Made
 from tersely.option import Option
-from tersely.stats import Cross, Gram, Statistic, Stats
+from tersely.sensitivity import Laboratory
+from tersely.stats import Cross, Gram, Statistic, Stats, keyed_by
 from tersely.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -73,6 +76,19 @@ class Job:
     def method_needs(self) -> tuple[type[Statistic], ...]:
         return tuple(dict.fromkeys(kind for target in self.targets for kind in target.needs))
 
+    @cached_property
+    def gradients(self) -> GradientStatistics | None:
+        """Those of the dense model, whatever `propagate` says; None where the method reads none.  They are kept in the
+        journal where no store is."""
+        kinds = [kind for kind in self.needs if keyed_by(kind) != "input"]
+        if not kinds or self.windows is None:
+            return None
+        store = self.store or StatisticsStore(self.journal.folder, {}, shared=False)
+        sites = [site for target in self.targets for site in target.sites]
+        return GradientStatistics(
+            self.source, self.anatomy, sites, kinds, self.windows, store, self.device, self.progress
+        )
+
     def in_block(self, index: int) -> tuple[Target, ...]:
         return tuple(target for target in self.targets if target.block == index)
 
@@ -98,7 +114,7 @@ class Outcome:
 
 def size_curves(targets: Sequence[Target], itemsize: int) -> list[Curve]:
     """Curves without errors, from shapes alone."""
-    return [curve_of(t.name, t.sizes(itemsize), t.dense_bytes(itemsize)) for t in targets]
+    return [curve_of(t.name, t.sizes(itemsize), t.dense_bytes(itemsize), role=t.role) for t in targets]
 
 
 def forced(curves: Sequence[Curve]) -> Plan:
@@ -157,6 +173,8 @@ def _plan(job: Job, blocks: Blocks, clock: "_Clock") -> Plan:
         plan = forced(size_curves(job.targets, itemsize))
         job.journal.write_json("plan.json", plan.to_json())
         return plan
+    laboratory = _laboratory(job)
+    harm: dict[str, dict[int, float]] = {}
     if job.allocator.needs_errors:
         curves = []
         for index, stats in _dense_statistics(job, blocks, job.method_needs, clock):
@@ -166,16 +184,56 @@ def _plan(job: Job, blocks: Blocks, clock: "_Clock") -> Plan:
                     job.journal.write_json(unit, _curves(job, index, stats))
             options = job.journal.read_json(unit)
             for target in job.in_block(index):
-                offered = options[target.name]
-                of_target = [] if isinstance(offered, str) else [Option(*option) for option in offered]
-                curves.append(curve_of(target.name, of_target, target.dense_bytes(itemsize)))
+                curve = _curve(job, target, options[target.name])
+                if laboratory is not None and job.allocator.probes is not None:
+                    with clock("measure"):
+                        measured = _harm(job, laboratory, target, stats, job.allocator.probes(curve))
+                    if isinstance(measured, str):  # from now on there is nothing that could be done to it
+                        job.journal.write_json(unit, options | {target.name: measured})
+                        options, curve, measured = job.journal.read_json(unit), _curve(job, target, measured), {}
+                    harm[target.name] = measured
+                curves.append(curve)
             job.progress("measuring", index + 1, len(job.anatomy.blocks))
     else:
         curves = size_curves(job.targets, itemsize)
+    similarity = {}
+    if laboratory is not None and job.allocator.measures == "similarity":
+        with clock("measure"):
+            of_block = laboratory.similarity(blocks)
+        similarity = {target.name: of_block[target.block] for target in job.targets}
     with clock("allocate"):
-        plan = job.allocator.divide(curves, job.budget)
+        plan = job.allocator.divide(curves, job.budget, Measures(similarity, harm))
     job.journal.write_json("plan.json", plan.to_json())
     return plan
+
+
+def _laboratory(job: Job) -> Laboratory | None:
+    """Where the model is measured, if the allocator asks for that."""
+    measured = job.allocator.measures
+    if measured is None:
+        return None
+    return Laboratory(job.source, job.anatomy, job.windows, job.device, job.journal, job.store, measured)
+
+
+def _harm(
+    job: Job, laboratory: Laboratory, target: Target, stats: Mapping[str, Stats], probed: Sequence[Option]
+) -> dict[int, float] | str:
+    """What the model loses by each of these options, or why that cannot be said."""
+    try:
+        return laboratory.harm(job.targets.index(target), target, stats, probed)
+    except (NumericalError, torch.linalg.LinAlgError) as error:
+        if job.on_failure == "raise":
+            raise NumericalError(f"{target.name}: {error}") from error
+        return str(error)
+
+
+def _curve(job: Job, target: Target, offered: Any) -> Curve:
+    """From options as plain values, or from the reason why there are none."""
+    options = [] if isinstance(offered, str) else [Option(*option) for option in offered]
+    # the errors of a method that reads no inputs are means over nothing
+    tokens = job.windows.numel() if job.windows is not None and job.method_needs else 1
+    itemsize = job.source.dtype.itemsize
+    return curve_of(target.name, options, target.dense_bytes(itemsize), role=target.role, tokens=tokens)
 
 
 def _curves(job: Job, index: int, stats: Mapping[str, Stats]) -> dict[str, Any]:
@@ -251,6 +309,7 @@ def _cut_in_stream(
     """
     unit = _Unit()
     block = blocks.dense(index)
+    gradients = _gradients(job, index, clock)
     beside = None if dense is None else (dense, blocks.dense(index))
     targets = job.in_block(index)
     groups: list[tuple[Target, ...]] = [targets] if targets else []
@@ -260,10 +319,10 @@ def _cut_in_stream(
         groups = [tuple(group) for _, group in groupby(by_input, key=lambda target: target.sites[0].reads)]
     for group in groups:
         sites = [site for target in group for site in target.sites]
-        watched = watch_list(job.anatomy, index, sites, job.needs, job.device)
+        watched = watch_list(job.anatomy, index, sites, _of_inputs(job.needs), job.device)
         with clock("replay"):
             replay.observe(block, watched, advance=False, beside=beside)
-        stats = {key: of_input for key, (_, of_input) in watched.items()}
+        stats = {key: of_input for key, (_, of_input) in watched.items()} | gradients
         with clock("factorise"):
             for target in group:
                 _cut(job, block, target, stats, plan.choices[target.name], unit)
@@ -312,13 +371,15 @@ def _dense_statistics(
 ) -> Iterator[tuple[int, Mapping[str, Stats]]]:
     """Statistics of the dense model block by block: from the store where it has them, else by replay (and stored)."""
     count = len(job.anatomy.blocks)
-    if not needs or job.windows is None:
-        yield from ((index, {}) for index in range(count))
+    inputs = _of_inputs(needs)
+    if not inputs or job.windows is None:
+        yield from ((index, _gradients(job, index, clock)) for index in range(count))
         return
     replay = None
     for index in range(count):
-        if job.store is not None and job.store.has(index, needs):
-            yield index, job.store.read(index, needs, job.device)
+        gradients = _gradients(job, index, clock)
+        if job.store is not None and job.store.has(index, inputs):
+            yield index, job.store.read(index, inputs, job.device) | gradients
             continue
         with clock("replay"):
             replay = replay or Replay(job.source, job.anatomy, job.windows, job.device)
@@ -327,14 +388,27 @@ def _dense_statistics(
             # a shared store serves every later choice of targets, so it is given all inputs of the block
             shared = job.store is not None and job.store.shared
             wanted = job.anatomy.sites if shared else job.sites_in_block(index)
-            kinds = needs if job.store is None else job.needs
+            kinds = inputs if job.store is None else _of_inputs(job.needs)
             watched = watch_list(job.anatomy, index, wanted, kinds, job.device)
             replay.observe(blocks.dense(index), watched, advance=True)
         stats = {key: of_input for key, (_, of_input) in watched.items()}
         if job.store is not None:
             job.store.write(index, stats)
-        yield index, stats
-        del watched, stats  # before the next block's are gathered
+        yield index, stats | gradients
+        del watched, stats, gradients  # before the next block's are gathered
+
+
+def _of_inputs(needs: Sequence[type[Statistic]]) -> tuple[type[Statistic], ...]:
+    """Those that a block shows by itself; gradients take the whole model."""
+    return tuple(kind for kind in needs if keyed_by(kind) == "input")
+
+
+def _gradients(job: Job, index: int, clock: "_Clock") -> dict[str, Stats]:
+    """Site → statistics of the gradients in it, in the dense model."""
+    if job.gradients is None:
+        return {}
+    with clock("gradients"):
+        return job.gradients.of_block(index)
 
 
 def _commit_unit(job: Job, index: int, unit: _Unit) -> _Unit:

@@ -25,7 +25,8 @@ Weights = Mapping[str, Tensor]
 class Target(ABC):
     """Something that is replaced at once.
 
-    `weights` are [out, in] and `biases` [out] by the name of the site, `stats` by the input (`Site.reads`).
+    `weights` are [out, in] and `biases` [out] by the name of the site.  `stats` are found under the input
+    (`Site.reads`), those of gradients under the name of the site.
     """
 
     name: str
@@ -100,12 +101,12 @@ class SiteTarget(Target):
         return self.method.sizes((self.site.out_features, self.site.in_features), itemsize)
 
     def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
-        return self.method.options(self._weight(weights), stats.get(self.site.reads, Stats()))
+        return self.method.options(self._weight(weights), of_site(self.site, stats))
 
     def compress(
         self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
     ) -> dict[str, Kind]:
-        kind = self.method.compress(self._weight(weights), stats.get(self.site.reads, Stats()), amount)
+        kind = self.method.compress(self._weight(weights), of_site(self.site, stats), amount)
         if self.base is not None:
             kind = SumLinear.of([_linear(self.base), kind.to(weights[self.name].dtype)])
         if self.name in biases:
@@ -139,6 +140,8 @@ class UnitTarget(Target):
 
     unit: Unit
     method: UnitMethod
+    norms: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    """Gains of the norms of heads, where there are any and the method builds the attention anew."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -172,9 +175,14 @@ class UnitTarget(Target):
     def compress(
         self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
     ) -> dict[str, Kind]:
-        of_role = by_role(self.unit, weights), by_role(self.unit, biases), read_by_role(self.unit, stats)
-        made = self.method.compress(self.unit, *of_role, amount)
-        return {self.unit.sites[role].name: kind for role, kind in made.items()}
+        made = self.method.compress(
+            self.unit,
+            by_role(self.unit, weights) | dict(self.norms),
+            by_role(self.unit, biases),
+            read_by_role(self.unit, stats),
+            amount,
+        )
+        return {self.unit.sites[role].name if role else self.unit.module: kind for role, kind in made.items()}
 
 
 def _anchored_error(weight: Tensor, compressed: Tensor, gram: Tensor, cross: Cross) -> float:
@@ -190,7 +198,13 @@ def by_role(unit: Unit, tensors: Weights) -> dict[str, Tensor]:
 
 
 def read_by_role(unit: Unit, stats: Mapping[str, Stats]) -> dict[str, Stats]:
-    return {role: stats.get(site.reads, Stats()) for role, site in unit.sites.items()}
+    """What is known of the unit's sites, by the last word of their roles."""
+    return {role: of_site(site, stats) for role, site in unit.sites.items()}
+
+
+def of_site(site: Site, stats: Mapping[str, Stats]) -> Stats:
+    """What is known of a site: of the input that it reads, and of the gradients in it."""
+    return stats.get(site.reads, Stats()) | stats.get(site.name, Stats())
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import tersely
 from contract.material import asked_of, normal, nothing_changes
 from families import tiny_batch, tiny_model
+from tersely.allocate import ALLOCATORS
 from tersely.anatomy import anatomy_of
 from tersely.errors import RecipeError
 from tersely.hf import manifest_config
@@ -164,6 +165,17 @@ def test_the_folder_holds_what_was_promised(verb, name, result):
                 left = {path for path in names if path == site or path.startswith(f"{site}.")}
                 assert left >= {f"{site}.{leaf}" for leaf in METHODS[name].leaves}
                 assert site not in left
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_an_allocator_divides_the_budget_of_a_run(name, tmp_path, model_folder, text_file):
+    asked = {"method": "svd_llm", "allocate": name, "propagate": "none"}
+    done = tersely.compress(
+        model_folder("llama"), tmp_path / "out", keep=KEEP, **asked, calibrate=[str(text_file)], length=32, samples=4
+    )
+    (plan,) = json.loads((done.out / "plan.json").read_text())["steps"]
+    assert 0 < plan["nbytes"] <= plan["budget"]
+    assert logits(tersely.load(done.out)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", TABLES["rewrite"])

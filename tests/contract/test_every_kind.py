@@ -27,6 +27,7 @@ from tersely.kinds import (
     Kind,
     LinearKind,
     LowRankLinear,
+    PivotedLinear,
     QuantizedLinear,
     SumLinear,
     build,
@@ -62,6 +63,17 @@ def factors_of_integers(model: PreTrainedModel, linear: nn.Module) -> LowRankLin
     return made
 
 
+def pivoted(model: PreTrainedModel, linear: nn.Module) -> PivotedLinear:
+    factors = low_rank(model, linear)
+    return PivotedLinear.from_factors(factors.up.weight.detach(), factors.down.weight.detach())
+
+
+def pivoted_integers(model: PreTrainedModel, linear: nn.Module) -> PivotedLinear:
+    made = pivoted(model, linear)
+    made.down, made.rest = quantized(made.down, 3), quantized(made.rest, 8)
+    return made
+
+
 def attention(model: PreTrainedModel, module: nn.Module, *, latent: bool = False, series: bool = False) -> Attention:
     unit = next(unit for unit in anatomy_of(model).units if unit.module == ATTENTION)
     settings = attention_settings(model, unit)
@@ -91,6 +103,7 @@ EXAMPLES: dict[str, tuple[str, dict[str, Make]]] = {
     ),
     "dense": (UP, {"plain": lambda model, linear: DenseLinear.from_weight(linear.weight)}),
     "low_rank": (UP, {"plain": low_rank, "of integers": factors_of_integers}),
+    "pivoted": (UP, {"plain": pivoted, "of integers": pivoted_integers}),
     "quantized": (
         UP,
         {

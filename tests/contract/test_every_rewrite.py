@@ -117,9 +117,7 @@ def test_pure_functions_change_tensors_and_not_the_model(name, family, dtype, tm
         assert said.dtype == dtype and said.isfinite().all()
 
 
-@for_every(
-    "name", {name: name for name in REWRITES}, {"merge_adapter": "returns the NaN that it met; see fold_norms.rounded"}
-)
+@for_every("name", {name: name for name in REWRITES})
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(name, bad, tmp_path):
     asked = case(name, FAMILIES[0], tmp_path)

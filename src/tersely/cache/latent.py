@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tersely.anatomy import Unit
-from tersely.errors import AnatomyError, RecipeError
+from tersely.errors import AnatomyError, NumericalError, RecipeError
 from tersely.kinds import Kind
 from tersely.kinds.attention import LINEARS, Attention, AttentionSettings, linear_of
 from tersely.methods import Method
@@ -130,7 +130,12 @@ class LatentCache:
             whole = self._truncation.compress(weight.double(), stats[role], min(weight.shape))
             # row i of `down` times the norm of column i of `up` is u_iᵀ W
             up, down = whole.get_parameter("up.weight").detach(), whole.get_parameter("down.weight").detach()
-            energy = ((down @ stats[role][Gram].mean()) * down).sum(1) * up.square().sum(0)
+            gram = stats[role][Gram].mean()
+            if not torch.isfinite(gram).all():
+                raise NumericalError(
+                    "the input statistic has entries that are not finite; calibrate in float32 or bfloat16"
+                )
+            energy = ((down @ gram) * down).sum(1) * up.square().sum(0)
             tail = energy.clamp(min=0).flip(0).cumsum(0).flip(0)
             left[role] = torch.cat([tail, tail.new_zeros(1)])
         return left

@@ -67,7 +67,10 @@ def plan(
     from tersely.estimate import estimate, estimate_table
 
     use_threads(threads)
-    if keep is None and bits is None and size is None:
+    from tersely.tables import verb_for
+
+    fixed = any(setting.startswith("width") for setting in settings or [])
+    if keep is None and bits is None and size is None and not fixed and verb_for(method or "") in ("method", "cache"):
         keep = 0.8
     asked = Asked(
         model=model,

@@ -37,7 +37,7 @@ class Conversion(Protocol):
     roles: ClassVar[tuple[str, ...]]
     """The units that it treats: attention, mlp."""
 
-    def check(self, unit: Unit) -> None:
+    def check(self, unit: Unit, attention: AttentionSettings) -> None:
         """Raises AnatomyError with the reason where this unit cannot be treated."""
 
     def convert(

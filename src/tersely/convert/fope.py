@@ -75,8 +75,9 @@ class FoPE:
         if self.rest_sine not in (0, 1):
             raise RecipeError(f"fope: rest_sine {self.rest_sine}; wanted 0 or 1")
 
-    def check(self, unit: Unit) -> None:
+    def check(self, unit: Unit, attention: AttentionSettings) -> None:
         check_attention(unit)
+        self.tables(attention)  # refuses a length in which nothing turns
 
     def convert(
         self, unit: Unit, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], attention: AttentionSettings

@@ -11,6 +11,7 @@ from tersely.kinds.attention import Attention
 from tersely.kinds.base import Kind, LinearKind, Spec, dense_weight
 from tersely.kinds.dense import DenseLinear
 from tersely.kinds.low_rank import LowRankLinear
+from tersely.kinds.pivoted import PivotedLinear
 from tersely.kinds.quantized import QuantizedLinear
 from tersely.kinds.sum import SumLinear
 
@@ -18,6 +19,7 @@ KINDS: dict[str, type[Kind]] = {
     "attention": Attention,
     "dense": DenseLinear,
     "low_rank": LowRankLinear,
+    "pivoted": PivotedLinear,
     "quantized": QuantizedLinear,
     "sum": SumLinear,
 }
@@ -83,6 +85,7 @@ __all__ = [
     "LinearKind",
     "LowRankLinear",
     "Made",
+    "PivotedLinear",
     "QuantizedLinear",
     "Spec",
     "SumLinear",

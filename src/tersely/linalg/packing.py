@@ -31,7 +31,7 @@ def pack(codes: UInt8[Tensor, "*rows count"], bits: int) -> UInt8[Tensor, "*rows
         raise ValueError(f"a code of {int(codes.max())} does not fit into {bits} bits")
     count = codes.shape[-1]
     if bits == WIDEST:
-        return codes.clone()
+        return codes.clone(memory_format=torch.contiguous_format)
     places, stride = _pattern(bits)
     patterns = -(-count // places)
     spread = pad(codes, (0, patterns * places - count)).unflatten(-1, (patterns, places))

@@ -4,16 +4,20 @@ A method is a frozen dataclass of hyperparameters with two pure functions: `opti
 price, `compress` does one of these.  A `Method` sees one weight and the statistics of its input; a `UnitMethod` sees
 the weights of linears that can only change together.  Neither ever sees a model; they mutate nothing, move nothing,
 print nothing and draw no global random numbers.
+
+A unit method may ask for more than a stock attention can run: heads of another width, or pairs of positions left out.
+It then is a `RebuildsAttention` as well, and is told what that attention does before it is asked anything about it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tersely.anatomy import Unit
 from tersely.kinds import Kind, LinearKind
+from tersely.kinds.attention import AttentionSettings
 from tersely.option import Amount, Option
 from tersely.stats import Statistic, Stats
 
@@ -74,4 +78,14 @@ class UnitMethod(Protocol):
         stats: Mapping[str, Stats],
         amount: Amount,
     ) -> dict[str, Kind]:
-        """Do it: the linears that changed, with their biases."""
+        """Do it: the linears that changed, with their biases.  One that `RebuildsAttention` finds the gains q_norm and
+        k_norm among the weights, where there are any, and returns the whole attention under the key "", which stands
+        for `unit.module`."""
+
+
+@runtime_checkable
+class RebuildsAttention(Protocol):
+    """What a unit method is besides, if it puts an attention of ours in the place of a stock one."""
+
+    def for_attention(self, attention: AttentionSettings) -> UnitMethod:
+        """The method for attention that does this; it is never asked about an attention without it."""

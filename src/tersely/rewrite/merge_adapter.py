@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tersely.anatomy import Anatomy, Site
 from tersely.errors import AnatomyError
+from tersely.rewrite.fold_norms import rounded
 from tersely.stats import Statistic, Stats
 from tersely.train.peft_format import Update, read_adapter
 
@@ -74,4 +75,5 @@ class MergeAdapter:
     def _merged(self, site: Site, weight: Tensor) -> Tensor:
         update = self._updates[site.name]
         delta = update.scale * (update.up.to(weight.device).double() @ update.down.to(weight.device).double())
-        return (weight.double() + (delta.T if site.transposed else delta)).to(weight.dtype)
+        merged = weight.double() + (delta.T if site.transposed else delta)
+        return rounded(f"{site.name}.weight", merged, weight)

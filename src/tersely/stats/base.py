@@ -1,19 +1,22 @@
-"""What calibration measures: streaming, mergeable accumulators of one input.
+"""What calibration measures: streaming, mergeable accumulators.
 
-A statistic belongs to an input, not to a layer: q, k and v read the same tensor and share one Gram matrix.
+Most look at an input, which belongs to no layer: q, k and v read the same tensor and share one Gram matrix.  Others
+look at gradients of the loss, which every linear has for itself: in its output, or in its weight.  All of them add up
+rows and do not know which; `keyed_by` says what they must be shown.
 """
 
 from collections.abc import Mapping
-from typing import Protocol, Self, TypeVar, runtime_checkable
+from typing import Literal, Protocol, Self, TypeVar, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
 
 class Statistic(Protocol):
-    """An accumulator.  Construction takes the width of the input and the device to accumulate on."""
+    """An accumulator.  Construction takes the width of the rows and the device to accumulate on."""
 
     tokens: int
+    """Rows seen."""
 
     def __init__(self, width: int, device: str = "cpu") -> None: ...
 
@@ -40,11 +43,24 @@ class PairedStatistic(Protocol):
     def update_pair(self, x: Float[Tensor, "tokens width"], dense: Float[Tensor, "tokens width"]) -> None: ...
 
 
+Keyed = Literal["input", "output", "weight"]
+"""What the rows of a statistic are: tokens of an input, found under `Site.reads`; gradients of the loss in the output
+of a linear, token by token; the rows of the gradient in its weight, one window after the other.  The latter two are
+found under the name of the linear."""
+
+
+def keyed_by(kind: type[Statistic]) -> Keyed:
+    """As the class attribute `keyed` says, which statistics of gradients have; all others are of inputs."""
+    keyed: Keyed = getattr(kind, "keyed", "input")
+    return keyed
+
+
 S = TypeVar("S", bound=Statistic)
+_OF = {"input": "input", "output": "linear", "weight": "linear"}
 
 
 class Stats:
-    """The statistics of one input, addressed by their type: ``stats[Gram].mean()``."""
+    """The statistics of one input, and perhaps of one linear, addressed by their type: ``stats[Gram].mean()``."""
 
     def __init__(self, accumulators: Mapping[type[Statistic], Statistic] | None = None) -> None:
         self._of = dict(accumulators or {})
@@ -52,7 +68,9 @@ class Stats:
     def __getitem__(self, kind: type[S]) -> S:
         if kind not in self._of:
             held = ", ".join(sorted(k.__name__ for k in self._of)) or "nothing"
-            raise KeyError(f"no {kind.__name__} was gathered for this input (gathered: {held}); add it to `needs`")
+            raise KeyError(
+                f"no {kind.__name__} was gathered for this {_OF[keyed_by(kind)]} (gathered: {held}); add it to `needs`"
+            )
         return self._of[kind]  # type: ignore[return-value]
 
     def __contains__(self, kind: type[Statistic]) -> bool:
@@ -69,6 +87,10 @@ class Stats:
                 accumulator.update_pair(x, dense)
             else:
                 accumulator.update(x)
+
+    def __or__(self, other: "Stats") -> "Stats":
+        """What either holds, the very same accumulators."""
+        return Stats(self._of | other._of)
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 from tersely.allocate import Curve
 from tersely.anatomy import Anatomy, Unit
@@ -11,8 +12,8 @@ from tersely.calibrate import StatisticsStore
 from tersely.checkpoint import Edit, Source, State, carried_files, locate
 from tersely.convert import AttentionSettings, attention_settings, norm_tensors
 from tersely.deltas.folder import check_pair, open_any
-from tersely.errors import RecipeError
-from tersely.methods import METHODS
+from tersely.errors import AnatomyError, RecipeError
+from tersely.methods import METHODS, RebuildsAttention
 from tersely.recipe import CacheStep, MethodStep, Step
 from tersely.report.rows import Row, SiteRow
 from tersely.steps.scene import Done, Scene
@@ -69,11 +70,10 @@ def targets_of(
     """What a step acts on.  Raises AnatomyError where there is nothing, or something that the method cannot treat."""
     built = build(step)
     if isinstance(step, CacheStep):
-        skeleton = source.skeleton()
         units = anatomy.select_units(["attention"], CACHES[step.cache].roles)
         for unit in units:
             built.check(unit)
-        settings = {unit.name: attention_settings(skeleton, unit) for unit in units}
+        settings = _settings(units, source)
         return tuple(
             CacheTarget(unit, built, settings[unit.name], _norms(unit, settings[unit.name], source)) for unit in units
         )
@@ -83,9 +83,32 @@ def targets_of(
         turned = {s.name: bases[s.name].T if s.transposed else bases[s.name] for s in sites if s.name in bases}
         return tuple(SiteTarget(site, built, turned.get(site.name)) for site in sites)
     units = anatomy.select_units(step.target, built.roles)
+    if isinstance(built, RebuildsAttention) and any(unit.role == "attention" for unit in units):
+        return _rebuilt(built, units, source)
     for unit in units:
         built.check(unit)
     return tuple(UnitTarget(unit, built) for unit in units)
+
+
+def _rebuilt(method: Any, units: Sequence[Unit], source: Source) -> tuple[Target, ...]:
+    """Targets of a method that has to know what an attention does."""
+    try:
+        settings = _settings([unit for unit in units if unit.role == "attention"], source)
+        methods = {u.name: method.for_attention(settings[u.name]) if u.name in settings else method for u in units}
+        for unit in units:
+            methods[unit.name].check(unit)
+    except AnatomyError as error:
+        others = sorted({unit.role for unit in units} - {"attention"})
+        hint = f"; with target = {others} attention is left as it is" if others else ""
+        raise AnatomyError(f"{error}{hint}") from error
+    norms = {unit.name: _norms(unit, settings[unit.name], source) for unit in units if unit.name in settings}
+    return tuple(UnitTarget(unit, methods[unit.name], norms.get(unit.name, {})) for unit in units)
+
+
+def _settings(units: Sequence[Unit], source: Source) -> dict[str, AttentionSettings]:
+    """What the attention of each unit does.  Raises AnatomyError where ours could not stand in its place."""
+    skeleton = source.skeleton()
+    return {unit.name: attention_settings(skeleton, unit) for unit in units}
 
 
 def _norms(unit: Unit, attention: AttentionSettings, source: Source) -> State:

@@ -162,7 +162,7 @@ class _Run:
             self._restore(self._journal.read_tensors(self._unit))
         else:
             if job.trained.relaxed:
-                self._price()  # an impossible budget is refused here, and learned widths settle before they are measured
+                self._price()  # refuses an impossible budget, and settles learned widths before they are measured
             self._measure()
             if callback is not None:
                 callback(0, job.model)

@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tersely.errors import RecipeError
+from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LinearKind, LowRankLinear
 from tersely.kinds.quantized import quantized_bytes
 from tersely.kinds.sum import SumLinear
@@ -52,7 +52,7 @@ STIFFNESS = 0.1  # how much `up` is held to the singular vectors, as a fraction 
 
 @dataclass(frozen=True)
 class DeltaCoMe:
-    bits: str = "8+3+2"
+    widths: str = "8+3+2"
     """Bits of a code in each group of singular components, the largest first; 1 to 8, or 16 for a group that is not
     rounded.  The paper's triple; "2" alone is a single precision."""
 
@@ -84,14 +84,14 @@ class DeltaCoMe:
     leaves: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        bits, ranks = _numbers("bits", self.bits), _numbers("ranks", self.ranks) if self.ranks else []
-        for width in bits:
+        widths, ranks = _numbers("widths", self.widths), _numbers("ranks", self.ranks) if self.ranks else []
+        for width in widths:
             if width not in (*range(1, 9), WHOLE):
-                raise RecipeError(f"delta_come: bits {self.bits!r}; wanted widths of 1 to 8, or 16, joined by +")
-        if len(ranks) != len(bits) - 1 or any(rank < 1 for rank in ranks):
+                raise RecipeError(f"delta_come: widths {self.widths!r}; wanted widths of 1 to 8, or 16, joined by +")
+        if len(ranks) != len(widths) - 1 or any(rank < 1 for rank in ranks):
             raise RecipeError(
-                f"delta_come: ranks {self.ranks!r} for bits {self.bits!r}; wanted one positive number for each group "
-                "but the last, joined by +"
+                f"delta_come: ranks {self.ranks!r} for widths {self.widths!r}; wanted one positive number for each "
+                "group but the last, joined by +"
             )
         if self.group < 0:
             raise RecipeError(f"delta_come: group {self.group}; wanted 0 for whole rows, or the columns of a group")
@@ -153,7 +153,7 @@ class DeltaCoMe:
         """(bits, first component, one behind the last) of every group that a total rank reaches."""
         ranks = [*(_numbers("ranks", self.ranks) if self.ranks else []), rank]
         groups, first = [], 0
-        for bits, size in zip(_numbers("bits", self.bits), ranks, strict=True):
+        for bits, size in zip(_numbers("widths", self.widths), ranks, strict=True):
             last = min(first + size, rank)
             if last > first:
                 groups.append((bits, first, last))
@@ -219,6 +219,8 @@ class DeltaCoMe:
 def _gram(stats: Stats) -> Float[Tensor, "in in"]:
     """E[x xᵀ]; of an input that was silent throughout, nothing is known and all directions count alike."""
     gram = stats[Gram].mean()
+    if not torch.isfinite(gram).all():
+        raise NumericalError("the input statistic has entries that are not finite; calibrate in float32 or bfloat16")
     return gram if gram.diagonal().any() else torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersely.errors import NumericalError, RecipeError
-from tersely.kinds import LowRankLinear
+from tersely.kinds import LinearKind
 from tersely.linalg.truncation import output_basis
-from tersely.methods.low_rank.factorise import low_rank, rank_options, rank_sizes
+from tersely.methods.low_rank.factorise import leaves_as_stored, low_rank, rank_options, rank_sizes
 from tersely.option import Option
 from tersely.stats import AbsMax, AbsMean, Statistic, Stats
 
@@ -37,9 +37,13 @@ class ChannelScaledSVD:
     scale: Literal["mean", "max"] = "mean"
     """What is measured per channel: mean |x| (the paper's choice) or the largest |x|."""
 
+    pivot: bool = False
+    """Store r rows of the product in place of a factor: r² numbers fewer at rank r, so a higher rank in as many
+    bytes (see `kinds.pivoted`)."""
+
     paper: ClassVar[str] = "Yuan et al., 2023, ASVD: Activation-aware Singular Value Decomposition (arXiv 2312.05821)"
     summary: ClassVar[str] = "truncated SVD after scaling input channels by their activations"
-    leaves: ClassVar[tuple[str, ...]] = ("down", "up")
+    leaves: ClassVar[tuple[str, ...]] = leaves_as_stored()
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -52,13 +56,13 @@ class ChannelScaledSVD:
         return (AbsMax if self.scale == "max" else AbsMean,)
 
     def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
-        return rank_sizes(shape, itemsize)
+        return rank_sizes(shape, itemsize, self.pivot)
 
     def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
-        return rank_options(weight, output_basis(weight, self._metric(stats), vectors=False))
+        return rank_options(weight, output_basis(weight, self._metric(stats), vectors=False), self.pivot)
 
-    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LowRankLinear:
-        return low_rank(weight, self._metric(stats), amount)
+    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
+        return low_rank(weight, self._metric(stats), amount, self.pivot)
 
     def _metric(self, stats: Stats) -> Float[Tensor, " in"]:
         """S², the diagonal metric.  An input that was silent throughout says nothing: all its channels count alike."""

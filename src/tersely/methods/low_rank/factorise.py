@@ -1,34 +1,107 @@
-"""What the truncating methods share: ranks, their bytes, and the factorised module."""
+"""What the truncating methods share: ranks, their bytes, the metric of the inputs, and the factorised module.
 
+All of them may store their result pivoted (`pivot`, see `kinds.pivoted`): r rows of the product take the place of a
+factor, and r² numbers fewer are stored at rank r.  The product and its error are the same, so at equal bytes the rank
+is larger.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tersely.errors import RecipeError
-from tersely.kinds import LowRankLinear
+from tersely.kinds import LowRankLinear, PivotedLinear
+from tersely.kinds.pivoted import pivoted_bytes
 from tersely.linalg.truncation import OutputBasis, output_basis
-from tersely.option import Option
+from tersely.option import Amount, Option
+from tersely.stats import Gram, Stats
 
 
-def rank_sizes(shape: tuple[int, int], itemsize: int) -> list[Option]:
-    """Every rank from 0 and the bytes of both its factors."""
-    return [Option(rank, rank * sum(shape) * itemsize, None) for rank in range(min(shape) + 1)]
+class Pivots(Protocol):
+    """A method that lets the user choose."""
+
+    @property
+    def pivot(self) -> bool: ...
 
 
-def rank_options(weight: Float[Tensor, "out in"], basis: OutputBasis) -> list[Option]:
+class _Leaves:
+    """Of an instance they depend on how it stores its result, of the class they are those of its defaults."""
+
+    def __get__(self, method: Pivots | None, owner: type) -> tuple[str, ...]:
+        return ("down", "rest") if method is not None and method.pivot else ("down", "up")
+
+
+def leaves_as_stored() -> tuple[str, ...]:
+    """The children of the result that are linears again, for the class attribute `leaves` of a method that pivots."""
+    return _Leaves()  # type: ignore[return-value]  # a tuple is what whoever reads the attribute is given
+
+
+def largest_rank(shape: tuple[int, int], pivot: bool = False) -> int:
+    """Of a weight; a pivoted one keeps a row at least that it combines out of others."""
+    return min(shape[0] - pivot, shape[1])
+
+
+def rank_sizes(
+    shape: tuple[int, int], itemsize: int, pivot: bool = False, ranks: Sequence[int] | None = None
+) -> list[Option]:
+    """Rank 0 and the ranks that are offered (default: all), and the bytes of what is stored of them."""
+    sizes = [Option(0, 0, None)]
+    for rank in range(1, largest_rank(shape, pivot) + 1) if ranks is None else ranks:
+        nbytes = pivoted_bytes(shape, rank, itemsize) if pivot else rank * sum(shape) * itemsize
+        sizes.append(Option(rank, nbytes, None))
+    return sizes
+
+
+def rank_options(weight: Float[Tensor, "out in"], basis: OutputBasis, pivot: bool = False) -> list[Option]:
     """Every rank with its bytes and the energy it leaves behind."""
-    sizes = rank_sizes((weight.shape[0], weight.shape[1]), weight.element_size())
-    return [
-        Option(size.amount, size.nbytes, left) for size, left in zip(sizes, basis.left_over().tolist(), strict=True)
-    ]
+    sizes = rank_sizes((weight.shape[0], weight.shape[1]), weight.element_size(), pivot)
+    left = basis.left_over().tolist()
+    return [replace(size, error=left[size.amount]) for size in sizes]
 
 
 def low_rank(
     weight: Float[Tensor, "out in"],
     metric: Float[Tensor, "in in"] | Float[Tensor, " in"] | None,
     rank: int,
-) -> LowRankLinear:
-    """The best `LowRankLinear` of that rank under a metric (see `linalg.truncation`), in the weight's dtype."""
-    if not 1 <= rank <= min(weight.shape):
-        raise RecipeError(f"rank {rank} for a weight of {tuple(weight.shape)}; wanted 1 to {min(weight.shape)}")
-    up, down = output_basis(weight, metric).factors(rank)
-    return LowRankLinear.from_factors(up, down, dtype=weight.dtype)
+    pivot: bool = False,
+) -> LowRankLinear | PivotedLinear:
+    """The best module of that rank under a metric (see `linalg.truncation`), in the weight's dtype."""
+    check_rank(weight, rank, pivot)
+    return factorised(weight, output_basis(weight, metric), rank, pivot)
+
+
+def factorised(
+    weight: Float[Tensor, "out in"], basis: OutputBasis, rank: int, pivot: bool = False
+) -> LowRankLinear | PivotedLinear:
+    """U_r U_rᵀ W for the first vectors of a basis, as a module in the weight's dtype."""
+    up, down = basis.factors(rank)
+    kind = PivotedLinear if pivot else LowRankLinear
+    return kind.from_factors(up, down, dtype=weight.dtype)
+
+
+def check_rank(weight: Float[Tensor, "out in"], rank: Amount, pivot: bool = False) -> None:
+    """Raises RecipeError for a rank that the weight cannot be given."""
+    largest = largest_rank((weight.shape[0], weight.shape[1]), pivot)
+    if not isinstance(rank, int) or not 1 <= rank <= largest:
+        stored = " that is stored pivoted" if pivot else ""
+        raise RecipeError(f"rank {rank} for a weight of {tuple(weight.shape)}{stored}; wanted 1 to {largest}")
+
+
+def check_damping(method: str, damping: float) -> None:
+    if not 0 <= damping < math.inf:
+        raise RecipeError(f"{method}: damping {damping}; wanted 0 or more, a fraction of the mean input power")
+
+
+def damped_gram(stats: Stats, damping: float) -> Float[Tensor, "in in"]:
+    """E[x xᵀ] with `damping` times the mean input power added to its diagonal; the identity for silent inputs."""
+    gram = stats[Gram].mean()
+    power = gram.diagonal().mean()
+    if power == 0:  # nothing was observed: every direction counts alike
+        return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    gram.diagonal().add_(damping * power)  # of the fresh tensor that `mean` made
+    return gram

@@ -14,19 +14,23 @@ Source: Wang et al., SVD-LLM: Truncation-aware Singular Value Decomposition for 
 section 3.1 (arXiv 2403.07378).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersely.errors import RecipeError
-from tersely.kinds import LowRankLinear
+from tersely.kinds import LinearKind
 from tersely.linalg.truncation import output_basis
-from tersely.methods.low_rank.factorise import low_rank, rank_options, rank_sizes
+from tersely.methods.low_rank.factorise import (
+    check_damping,
+    damped_gram,
+    leaves_as_stored,
+    low_rank,
+    rank_options,
+    rank_sizes,
+)
 from tersely.option import Option
 from tersely.stats import Gram, Statistic, Stats
 
@@ -36,34 +40,32 @@ class WhitenedSVD:
     damping: float = 1e-6
     """Added to the diagonal of the Gram matrix, as a fraction of the mean input power (no unit)."""
 
+    pivot: bool = False
+    """Store r rows of the product in place of a factor: r² numbers fewer at rank r, so a higher rank in as many
+    bytes (see `kinds.pivoted`)."""
+
     paper: ClassVar[str] = (
         "Wang et al., 2024, SVD-LLM: Truncation-aware Singular Value Decomposition (arXiv 2403.07378)"
     )
     summary: ClassVar[str] = "truncated SVD in the metric of the inputs (whitening)"
-    leaves: ClassVar[tuple[str, ...]] = ("down", "up")
+    leaves: ClassVar[tuple[str, ...]] = leaves_as_stored()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < math.inf:
-            raise RecipeError(f"svd_llm: damping {self.damping}; wanted 0 or more, a fraction of the mean input power")
+        check_damping("svd_llm", self.damping)
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
         return (Gram,)
 
     def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
-        return rank_sizes(shape, itemsize)
+        return rank_sizes(shape, itemsize, self.pivot)
 
     def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
         """Errors are exact without damping; with it they are upper bounds, by at most damping · power · ‖W - W'‖²."""
-        return rank_options(weight, output_basis(weight, self._metric(stats), vectors=False))
+        return rank_options(weight, output_basis(weight, self._metric(stats), vectors=False), self.pivot)
 
-    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LowRankLinear:
-        return low_rank(weight, self._metric(stats), amount)
+    def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
+        return low_rank(weight, self._metric(stats), amount, self.pivot)
 
     def _metric(self, stats: Stats) -> Float[Tensor, "in in"]:
-        gram = stats[Gram].mean()
-        power = gram.diagonal().mean()
-        if power == 0:  # nothing was observed: every direction counts alike
-            return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        gram.diagonal().add_(self.damping * power)  # of the fresh tensor that `mean` made
-        return gram
+        return damped_gram(stats, self.damping)

@@ -101,6 +101,9 @@ class InterpolativePruning:
     ) -> dict[str, Kind]:
         coupling = coupling_of(unit)
         count = coupling.checked(amount) * coupling.width
+        for role, weight in weights.items():
+            if not torch.isfinite(weight).all():
+                raise NumericalError(f"{unit.name}: {role} has entries that are not finite; repair the checkpoint")
         last = weights[coupling.last].double()
         found = self._interpolation(coupling, last, stats)
         columns, others = found.kept(count), found.order[count:]

@@ -59,11 +59,23 @@ class Adapter:
     def needs(self) -> tuple[type[Statistic], ...]:
         return ()
 
+    @property
+    def leaves(self) -> tuple[str, ...] | None:
+        return None if self.merge else ("terms.0", "terms.1.down", "terms.1.up")
+
+    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+        learns_no_size("adapter", bits)
+
     def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> "Adapted":
         return Adapted(linear, self, generator)
 
     def budget(self, modules: Sequence[Relaxed], bits: float | None) -> Tensor:
         return modules[0].bits().new_zeros(())
+
+
+def learns_no_size(name: str, bits: float | None) -> None:
+    if bits is not None:
+        raise RecipeError(f"{name}: bits = {bits}, but it learns no size; leave bits out")
 
 
 class Adapted(Relaxed):

@@ -62,6 +62,17 @@ class Relaxation(Protocol):
     def needs(self) -> tuple[type[Statistic], ...]:
         """The statistics of the linear's input that `relax` reads; empty where it reads none."""
 
+    @property
+    def leaves(self) -> tuple[str, ...] | None:
+        """Children of what `harden` gives that are linears again, for later steps; None where the linears that were
+        there stay."""
+
+    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+        """Raises RecipeError for what no training could do, before any is begun.
+
+        shapes: (out, in) of the targets that are plain linears; kinds: how many targets are something else by now;
+        packed: how many of those hold codes and no linear; bits: the average that is asked for."""
+
     def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> Relaxed:
         """The module that stands in for `linear`, which is an `nn.Linear`, a `Conv1D` of transformers, or a linear
         kind.  It may hold `linear` itself, whose numbers it must not change.

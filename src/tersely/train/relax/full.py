@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from tersely.errors import RecipeError
 from tersely.stats import Statistic, Stats
-from tersely.train.relax.adapter import master, shape_of
+from tersely.train.relax.adapter import learns_no_size, master, shape_of
 from tersely.train.relax.base import Relaxed
 
 
@@ -31,6 +31,15 @@ class Full:
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
         return ()
+
+    @property
+    def leaves(self) -> tuple[str, ...] | None:
+        return None
+
+    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+        learns_no_size("full", bits)
+        if packed:
+            raise RecipeError(f"full: the numbers of {packed} targets are packed; train an adapter beside them")
 
     def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> "FullyTrained":
         shape_of(linear)  # refuses what is no linear

@@ -34,7 +34,16 @@ from transformers.pytorch_utils import Conv1D
 
 from tersely.errors import NumericalError, RecipeError
 from tersely.stats import Statistic, Stats
-from tersely.train.relax.adapter import Dropout, absorb, absorbed_bits, check_update, kaiming_rows, master, shape_of
+from tersely.train.relax.adapter import (
+    Dropout,
+    absorb,
+    absorbed_bits,
+    check_update,
+    kaiming_rows,
+    learns_no_size,
+    master,
+    shape_of,
+)
 from tersely.train.relax.base import Relaxed
 
 
@@ -77,21 +86,39 @@ class KnowledgeAdapter:
     def needs(self) -> tuple[type[Statistic], ...]:
         return ()
 
+    @property
+    def leaves(self) -> tuple[str, ...] | None:
+        return None if self.merge else ("terms.0", "terms.1.down", "terms.1.up")
+
+    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+        learns_no_size("kasa", bits)
+        if self.truncate and kinds:
+            raise RecipeError(
+                f"kasa: of the targets {kinds} are something else than a plain linear; what is compressed already and "
+                "cannot be truncated wants truncate = false"
+            )
+        for shape in shapes if self.truncate else ():
+            _check_rank(self.rank, shape)
+
     def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> "KnowledgeAdapted":
         if self.truncate and not isinstance(linear, nn.Linear | Conv1D):
             raise RecipeError(
                 f"kasa: a {type(linear).__name__} is compressed already and cannot be truncated; say truncate = false"
             )
-        if self.truncate and self.rank >= min(shape_of(linear)):
-            out_features, in_features = shape_of(linear)
-            raise RecipeError(
-                f"kasa: dropping {self.rank} directions of a weight of shape ({out_features}, {in_features}) leaves "
-                "nothing; choose a smaller rank, or truncate = false"
-            )
+        if self.truncate:
+            _check_rank(self.rank, shape_of(linear))
         return KnowledgeAdapted(linear, self, generator)
 
     def budget(self, modules: Sequence[Relaxed], bits: float | None) -> Tensor:
         return modules[0].bits().new_zeros(())
+
+
+def _check_rank(rank: int, shape: tuple[int, int]) -> None:
+    if rank >= min(shape):
+        raise RecipeError(
+            f"kasa: dropping {rank} directions of a weight of shape {tuple(shape)} leaves nothing; choose a smaller "
+            "rank, or truncate = false"
+        )
 
 
 class KnowledgeAdapted(Relaxed):

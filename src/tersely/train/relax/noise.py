@@ -103,6 +103,29 @@ class PseudoNoise:
     def needs(self) -> tuple[type[Statistic], ...]:
         return (AbsMax,) if self.activations else ()
 
+    @property
+    def leaves(self) -> tuple[str, ...] | None:
+        return ()
+
+    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+        if kinds:
+            raise RecipeError(
+                f"nipq: of the targets {kinds} are compressed already, and such a one has no weight of its own that "
+                "could be rounded; name others"
+            )
+        self._check_asked(bits)
+        if bits is None:
+            return
+        count = sum(rows * columns for rows, columns in shapes)
+        stored = sum(8 * quantized_bytes(shape, self.min_bits, 0, zeros=False) for shape in shapes)
+        least = (stored + self.activations * BOUND_BITS * len(shapes)) / count
+        if least > bits:
+            raise _too_few(bits, self.min_bits, least)
+
+    def _check_asked(self, bits: float | None) -> None:
+        if bits is None and self.min_bits < self.max_bits:
+            raise RecipeError("nipq learns widths under a budget; say bits, the average that they have to reach")
+
     def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> "NoisyLinear":
         reach = None
         if self.activations:
@@ -117,8 +140,7 @@ class PseudoNoise:
         Raises RecipeError for an average that the least widths exceed, and for none at all where widths can differ.
         """
         ours = [module for module in modules if isinstance(module, NoisyLinear)]
-        if bits is None and self.min_bits < self.max_bits:
-            raise RecipeError("nipq learns widths under a budget; say bits, the average that they have to reach")
+        self._check_asked(bits)
         if bits is None or not ours:
             return modules[0].bits().new_zeros(())
         sides = [(_Side.of_weights(ours), bits)]
@@ -133,6 +155,10 @@ class PseudoNoise:
                 side.fit(asked)
         price = self.price * torch.stack([side.price(asked) for side, asked in sides]).sum()
         return price if learning else price.detach()
+
+
+def _too_few(asked: float, width: int, least: float) -> RecipeError:
+    return RecipeError(f"nipq: bits = {asked}, but widths of {width} take {least:.3f} with their scales; ask for more")
 
 
 class NoisyLinear(Relaxed):
@@ -313,9 +339,7 @@ class _Side:
         low, high = self.quantizers[0].range
         least = sum(stored(low) for stored in self.stored) / self.count
         if least > asked:
-            raise RecipeError(
-                f"nipq: bits = {asked}, but widths of {low} take {least:.3f} with their scales; ask for more"
-            )
+            raise _too_few(asked, low, least)
         learned = [quantizer.width().item() for quantizer in self.quantizers]
         allowed = math.floor(asked * self.count + 1e-6)
         for quantizer, width in zip(

@@ -1,0 +1,96 @@
+"""Who gets how many bytes.
+
+An allocator sees one curve per site (what each amount costs and what error it leaves) and a budget in bytes; it returns
+a plan.  Ranks, bits and channels compete on the one scale of bytes, and every curve ends with the option to leave the
+site dense, so that no factorisation larger than what it replaces can ever be chosen.  What only the model can tell, an
+allocator declares, and the runner measures it.
+"""
+
+from tersely.allocate.base import (
+    POINTS,
+    UNMEASURED,
+    Allocator,
+    Choice,
+    Curve,
+    Measured,
+    Measures,
+    Plan,
+    Spectrum,
+    curve_of,
+)
+from tersely.allocate.optimum import STATES, greedy, knapsack, lems, lems_probe
+from tersely.allocate.search import ratio_probes, sensitivity
+from tersely.allocate.shares import effective_rank, importance, svd_llm_v2, uniform
+
+ALLOCATORS: dict[str, Allocator] = {
+    "effective_rank": Allocator(
+        effective_rank,
+        True,
+        "ranks grow with the root of a site's effective rank over the bytes of a rank (D-Rank)",
+        "Mi et al., 2025, Layer-wise dynamic rank for compressing large language models (arXiv 2509.25622)",
+    ),
+    "greedy": Allocator(
+        greedy, True, "bytes go where they avoid most of the predicted output error that can be avoided"
+    ),
+    "importance": Allocator(
+        importance,
+        False,
+        "blocks that change most of what they are given keep more (AdaSVD's adaCR)",
+        "Li et al., 2025, AdaSVD: Adaptive Singular Value Decomposition for Large Language Models (arXiv 2502.01403)",
+        measures="similarity",
+    ),
+    "knapsack": Allocator(
+        knapsack,
+        True,
+        "the least predicted output error of all divisions, proven; as greedy counts it",
+        "Pisinger, 1995, A minimal algorithm for the multiple-choice knapsack problem",
+    ),
+    "lems": Allocator(
+        lems,
+        True,
+        "as knapsack; a site counts by the divergence that the model was measured to suffer through it",
+        "Thoma et al., 2026, Advancing SVD-based LLM Compression via Layer-Wise Error Model Search (ICML)",
+        measures="kl",
+        probes=lems_probe,
+    ),
+    "sensitivity": Allocator(
+        sensitivity,
+        True,
+        "what was measured to raise the model's loss least goes first (ASVD's STRS)",
+        "Yuan et al., 2023, ASVD: Activation-aware Singular Value Decomposition (arXiv 2312.05821)",
+        measures="loss",
+        probes=ratio_probes,
+    ),
+    "svd_llm_v2": Allocator(
+        svd_llm_v2,
+        True,
+        "the same share for every role; within it, sites that lose more there keep more (SVD-LLM V2)",
+        "Wang et al., 2025, SVD-LLM V2: Optimizing Singular Value Truncation (arXiv 2503.12340)",
+    ),
+    "uniform": Allocator(uniform, False, "the same share of bytes for every site"),
+}
+
+__all__ = [
+    "ALLOCATORS",
+    "POINTS",
+    "STATES",
+    "UNMEASURED",
+    "Allocator",
+    "Choice",
+    "Curve",
+    "Measured",
+    "Measures",
+    "Plan",
+    "Spectrum",
+    "curve_of",
+    "effective_rank",
+    "greedy",
+    "importance",
+    "knapsack",
+    "lems",
+    "lems_probe",
+    "ratio_probes",
+    "sensitivity",
+    "svd_llm_v2",
+    "uniform",
+]

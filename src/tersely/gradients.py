@@ -1,0 +1,213 @@
+"""How the loss feels the linears of a model: one backward pass over the calibration windows.
+
+Inputs can be observed block by block.  Gradients cannot: what an output of the first block does to the loss is known
+only after the last one.  So the whole dense model is in memory once, with its weights as they are, and each batch of
+windows goes through it forward and backward.  The loss of a window is the cross entropy of every next token in it,
+added up (nats); windows do not see each other, so that the gradient of the sum over a batch is each one's own.
+
+Weights are frozen.  The first hidden state is what gradients are asked of; on the way to it they pass the output of
+every linear, where a hook shows them to the statistics and lets them go.  The gradient in a weight is formed there,
+window by window, as Σ g xᵀ over tokens.
+
+Gradients of outputs (K-FAC's, `stats.OutputGram`) are taken as the authors of KFAC-SVD take them: the first and last
+eighth of every window is left out (early tokens know too little, the last ones have hardly anything after them to
+matter for), and the norm of a token's gradient is brought between a tenth and ten times the mean over its window, since
+second moments would otherwise be those of a few tokens.  Ours are clipped within a window, which makes batches of any
+size give the same numbers.  Gradients of weights are left as they are.
+
+Source: Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015
+(arXiv 1503.05671); margins and clipping after Thoma et al., Advancing SVD-based LLM Compression via Layer-Wise Error
+Model Search, 2026 (ICML), and their code.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tersely.anatomy import Anatomy, Site
+from tersely.calibrate import StatisticsStore
+from tersely.checkpoint import Source
+from tersely.errors import AnatomyError, NumericalError
+from tersely.stats import Statistic, Stats, keyed_by
+
+TOKENS_AT_ONCE = 2048
+"""Tokens in a batch, at least one window: all activations of the model are held for them."""
+
+MARGIN = 8
+"""One part in so many of a window is left out at either end of the gradients in outputs."""
+
+CLIP = (0.1, 10.0)
+"""Least and largest norm of a token's gradient, as multiples of the mean norm in its window."""
+
+Progress = Callable[[str, int, int], None]
+
+
+class GradientStatistics:
+    """Statistics of gradients of the dense model, on disk: gathered for all blocks at once, when the first is asked for
+    that is not there."""
+
+    def __init__(
+        self,
+        source: Source,
+        anatomy: Anatomy,
+        sites: Sequence[Site],
+        kinds: Sequence[type[Statistic]],
+        windows: Tensor,
+        store: StatisticsStore,
+        device: str,
+        progress: Progress,
+    ) -> None:
+        """`sites`: those that will be asked for; a shared store is given all of the model."""
+        self._source = source
+        self._anatomy = anatomy
+        self._sites = tuple(anatomy.sites if store.shared else sites)
+        self._kinds = tuple(kinds)
+        self._windows = windows
+        self._store = store
+        self._device = device
+        self._progress = progress
+
+    def of_block(self, index: int) -> dict[str, Stats]:
+        """Name of a site → its statistics."""
+        if not any(site.block == index for site in self._sites):
+            return {}
+        if not self._store.has(index, self._kinds):
+            self._gather()
+        return self._store.read(index, self._kinds, self._device)
+
+    def _gather(self) -> None:
+        found = gather(
+            self._source, self._anatomy, self._sites, self._kinds, self._windows, self._device, self._progress
+        )
+        for index in sorted({site.block for site in self._sites}):
+            self._store.write(index, {site.name: found[site.name] for site in self._sites if site.block == index})
+
+
+def gather(
+    source: Source,
+    anatomy: Anatomy,
+    sites: Sequence[Site],
+    kinds: Sequence[type[Statistic]],
+    windows: Tensor,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Stats]:
+    """Name of each site → statistics of the gradients in its output and in its weight, over `windows`
+    ``[samples, length]`` of token numbers.
+
+    Raises AnatomyError for a model that predicts no next token, and for a site that no gradient reaches; NumericalError
+    where the loss or a gradient is not finite.
+    """
+    model = _whole(source, device)
+    _require_causal(model, windows[:1].to(device))
+    stats = {site.name: Stats({kind: kind(_width(kind, site), device) for kind in kinds}) for site in sites}
+    batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
+    for number, rows in enumerate(batches):
+        _add(model, anatomy, stats, rows.to(device), number)
+        if progress is not None:
+            progress("gradients", number + 1, len(batches))
+    return stats
+
+
+def _width(kind: type[Statistic], site: Site) -> int:
+    return site.out_features if keyed_by(kind) == "output" else site.in_features
+
+
+def _add(model: Any, anatomy: Anatomy, stats: dict[str, Stats], rows: Tensor, number: int) -> None:
+    """One batch of windows, forward and backward."""
+    reached: set[str] = set()
+
+    def feel(name: str, x: Tensor, gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            raise NumericalError(
+                f"{name}: the gradient in its output is not finite for calibration batch {number}; calibrate in "
+                "bfloat16 or float32"
+            )
+        reached.add(name)
+        of_windows = gradient.reshape(len(rows), -1, gradient.shape[-1])
+        _show(stats[name], x.reshape(len(rows), -1, x.shape[-1]), of_windows)
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
+            if out.requires_grad:  # else it is missed, and named below
+                out.register_hook(lambda gradient: feel(name, arguments[0].detach(), gradient))
+
+        return hook
+
+    def begin(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
+        out.requires_grad_()
+
+    hooks = [model.get_submodule(anatomy.embeddings[0]).register_forward_hook(begin)]
+    try:
+        with torch.enable_grad():
+            hooks += [model.get_submodule(name).register_forward_hook(watch(name)) for name in stats]
+            loss = _loss(model(rows, use_cache=False).logits, rows)
+            if not torch.isfinite(loss):
+                raise NumericalError(
+                    f"the loss of calibration batch {number} is not finite; calibrate in bfloat16 or float32"
+                )
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missed = [name for name in stats if name not in reached]
+    if missed:
+        raise AnatomyError(f"no gradient of the loss reaches {missed[0]}: what stands there has no backward pass")
+
+
+def _loss(logits: Tensor, rows: Tensor) -> Tensor:
+    """Cross entropy of token t + 1 under the logits at t, added up; the one place where labels are shifted."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
+
+
+def _show(stats: Stats, x: Tensor, gradient: Tensor) -> None:
+    """Give every statistic of a site its rows.  x: ``[windows, length, in]``, gradient: ``[windows, length, out]``."""
+    x, gradient = (t if t.dtype == torch.float64 else t.float() for t in (x, gradient))
+    for kind in stats.kinds():
+        if keyed_by(kind) == "output":
+            stats[kind].update(_within_reason(gradient).flatten(0, 1))
+        else:
+            for read, felt in zip(x, gradient, strict=True):
+                stats[kind].update(felt.T @ read)
+
+
+def _within_reason(gradient: Tensor) -> Tensor:
+    """Gradients in outputs without the margins of their windows, clipped; see the head of this file."""
+    length = gradient.shape[1]
+    # the very last output moves no loss at all
+    kept = gradient[:, length // MARGIN : length - max(1, length // MARGIN)]
+    norm = kept.norm(dim=-1, keepdim=True)
+    mean = norm.mean(dim=1, keepdim=True)
+    wanted = torch.minimum(torch.maximum(norm, CLIP[0] * mean), CLIP[1] * mean)
+    return kept * torch.where(norm > 0, wanted / norm, torch.ones_like(norm))
+
+
+def _whole(source: Source, device: str) -> Any:
+    """The model with all its numbers, frozen."""
+    model: Any = source.skeleton()
+    model.load_state_dict({name: source.tensor(name) for name in source.stored}, strict=False, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def _require_causal(model: Any, rows: Tensor) -> None:
+    """Raise AnatomyError unless the model predicts each token from those before it."""
+    name = type(model).__name__
+    if not model.can_generate():
+        raise AnatomyError(
+            f"{name} predicts no next token, and its gradients would be those of another loss; choose a method that "
+            "needs no gradients"
+        )
+    other = rows.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.get_input_embeddings().num_embeddings
+    before, after = (model(tokens, use_cache=False).logits[:, :-1].float() for tokens in (rows, other))
+    if not torch.allclose(before, after, rtol=1e-2, atol=1e-2):
+        raise AnatomyError(
+            f"{name} sees the tokens that it would have to predict; choose a method that needs no gradients, or make "
+            "it a decoder in config.json"
+        )

@@ -1,0 +1,271 @@
+"""What only the model can tell an allocator: how much it minds that one site is cut.
+
+A site's output error says how far its output moves, not whether anything behind it cares.  Here the whole model is
+asked.  One target at a time is replaced, as a method would replace it on the inputs of the dense model, the model reads
+calibration windows, and the target is put back.  What it lost is, in nats per position,
+
+    kl      Σ p log(p / q) of the dense model's p and the present q, both at temperature 0.6; the first eighth of every
+            window, where the model still guesses, does not count
+    loss    the rise of the mean cross entropy of the next token: the logarithm of the ratio of the perplexities
+
+Losses of single sites do not add up once many are cut; they order sites far better than output errors do.  The
+similarity of a block's input and output is measured block by block and needs no whole model in memory.
+
+The body of the model runs once for a batch; its head is asked for some positions at a time, for the dense model's
+remembered hidden states too, so that two distributions of some positions are all that is held of any.
+
+Every target is a unit of the journal.  Beside shared statistics of the dense model, under what was done to what, the
+numbers serve every later budget.
+
+Source: Thoma et al., Advancing SVD-based LLM Compression via Layer-Wise Error Model Search, 2026 (ICML).
+Source: Yuan et al., ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models, 2023
+(arXiv 2312.05821).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, kl_div
+
+from tersely.allocate import Measured
+from tersely.anatomy import Anatomy, model_class
+from tersely.calibrate import TOKENS_AT_ONCE, Blocks, Replay, StatisticsStore
+from tersely.checkpoint import Source, load_with_report
+from tersely.errors import NumericalError, RecipeError
+from tersely.journal import Journal, commit_text
+from tersely.option import Amount, Option
+from tersely.stats import Stats
+from tersely.targets import Target
+
+WINDOWS = 32
+"""Calibration windows that are read for every measurement, as in both papers; spread evenly over those there are."""
+
+TEMPERATURE = 0.6
+"""Of both distributions in a divergence."""
+
+SKIPPED = 8
+"""One part in so many of a window comes too early for a divergence to count."""
+
+LOGITS_AT_ONCE = 2**24
+
+
+class Laboratory:
+    """Measures a dense model and remembers what it measured."""
+
+    def __init__(
+        self,
+        source: Source,
+        anatomy: Anatomy,
+        windows: Tensor | None,
+        device: str,
+        journal: Journal,
+        store: StatisticsStore | None,
+        measured: Measured,
+    ) -> None:
+        """`windows`: token numbers ``[samples, length]``.  Raises RecipeError where there are none."""
+        if windows is None or windows.shape[1] < 2:
+            raise RecipeError(
+                "this allocator measures the model on calibration text; name some, in windows of 2 or more"
+            )
+        places = torch.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).round().long()
+        self._windows = windows[places]
+        self._source = source
+        self._anatomy = anatomy
+        self._device = device
+        self._journal = journal
+        self._shared = store if store is not None and store.shared else None
+        self._measured = measured
+
+    def similarity(self, blocks: Blocks) -> list[float]:
+        """Of every block the mean cosine, over tokens, of what it is given and what it returns."""
+        found: list[float] = self._remembered("similarity.json", "similarity", lambda: self._similarities(blocks))
+        return found
+
+    def harm(
+        self, number: int, target: Target, stats: Mapping[str, Stats], options: Sequence[Option]
+    ) -> dict[int, float]:
+        """Bytes of an option → nats that the model loses by it.
+
+        `number` tells targets apart in the journal, `stats` are those of the dense model.  Raises NumericalError where
+        a target cannot be compressed or the model is no longer finite then.
+        """
+        told = (
+            self._measured,
+            WINDOWS,
+            TEMPERATURE,
+            SKIPPED,
+            identity(target),
+            [(o.amount, o.nbytes) for o in options],
+        )
+
+        def measure() -> list[tuple[int, float]]:
+            return [(option.nbytes, self._lost(target, stats, option.amount)) for option in options]
+
+        return dict(self._remembered(f"harm/{number:05}.json", repr(told), measure))
+
+    def _remembered(self, unit: str, told: str, measure: Callable[[], Any]) -> Any:
+        """From the journal, else from the shared store, else by measuring; `told` says what the value depends on."""
+        if not self._journal.has(unit):
+            value = None
+            if self._shared is not None:
+                digest = hashlib.sha256(told.encode()).hexdigest()[:16]
+                place = self._shared._folder / f"measured.{digest}.json"
+                if not place.exists():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    commit_text(place, json.dumps(measure()))
+                value = json.loads(place.read_text(encoding="utf-8"))
+            self._journal.write_json(unit, measure() if value is None else value)
+        return self._journal.read_json(unit)
+
+    def _similarities(self, blocks: Blocks) -> list[float]:
+        replay = Replay(self._source, self._anatomy, self._windows, self._device)
+        means = []
+        for index in range(len(self._anatomy.blocks)):
+            cosines: list[Tensor] = []
+
+            def note(block: nn.Module, read: tuple[Tensor, ...], out: Tensor, to: list[Tensor] = cosines) -> None:
+                to.append(cosine_similarity(read[0].double(), out.double(), dim=-1).flatten().cpu())
+
+            block = blocks.dense(index)
+            block.register_forward_hook(note)
+            replay.observe(block, {}, advance=True)
+            means.append(torch.cat(cosines).mean().item())
+        return means
+
+    @cached_property
+    def _model(self) -> Any:
+        """The dense model, whole."""
+        model: Any = load_with_report(self._source.folder, model_class(self._source.config))[0]
+        if not model.can_generate():
+            raise RecipeError(
+                f"{type(model).__name__} has no head that predicts tokens, and this allocator measures predictions; "
+                "choose another one"
+            )
+        return model.to(self._source.dtype).to(self._device).eval()
+
+    @cached_property
+    def _dense_loss(self) -> float:
+        return self._loss()
+
+    @cached_property
+    def _dense_bodies(self) -> list[Any]:
+        """What the body of the dense model returns for each batch."""
+        return [self._body(rows) for rows in self._batches()]
+
+    def _batches(self) -> Iterator[Tensor]:
+        yield from self._windows.to(self._device).split(max(1, TOKENS_AT_ONCE // self._windows.shape[1]))
+
+    @torch.no_grad()
+    def _lost(self, target: Target, stats: Mapping[str, Stats], amount: Amount) -> float:
+        # of the dense model, hence before anything is replaced
+        dense = self._dense_loss if self._measured == "loss" else self._dense_bodies
+        modules = {site.name: self._model.get_submodule(site.name) for site in target.sites}
+        weights = {s.name: _turned(modules[s.name].weight, s.transposed) for s in target.sites}
+        biases = {s.name: modules[s.name].bias for s in target.sites if s.bias}
+        with self._replaced(target.compress(weights, biases, stats, amount)):
+            lost = self._loss() - dense if isinstance(dense, float) else self._divergence(dense)
+        if not math.isfinite(lost):
+            raise NumericalError(f"the model is not finite with {target.name} at {amount}")
+        return lost
+
+    def _loss(self) -> float:
+        """The mean cross entropy of the next token, of the model as it is now."""
+        losses = []
+        for rows in self._batches():
+            for positions, logits in self._heads(rows, [self._body(rows)], first=0):
+                came = rows[:, positions.to(rows.device) + 1, None]
+                losses.append(-logits[0].log_softmax(-1).gather(-1, came).flatten())
+        return torch.cat(losses).double().mean().item()
+
+    def _divergence(self, dense: Sequence[Any]) -> float:
+        """From the dense model to the model as it is now, mean over positions."""
+        found = []
+        for rows, before in zip(self._batches(), dense, strict=True):
+            for _, logits in self._heads(rows, [before, self._body(rows)], first=rows.shape[1] // SKIPPED):
+                p, q = ((of_model / TEMPERATURE).log_softmax(-1) for of_model in logits)
+                # torch's first argument is the approximation
+                found.append(kl_div(q, p, reduction="none", log_target=True).sum(-1, dtype=torch.float64).flatten())
+        return torch.cat(found).mean().item()
+
+    def _heads(self, rows: Tensor, bodies: Sequence[Any], first: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Positions from `first` to the last but one, and the logits there of every body; some at a time."""
+        length = rows.shape[1]
+        step = max(1, LOGITS_AT_ONCE // (len(rows) * self._model.config.get_text_config().vocab_size))
+        for start in range(first, length - 1, step):
+            positions = torch.arange(start, min(start + step, length - 1))
+            yield positions, [self._logits(rows, positions, body) for body in bodies]
+
+    @torch.no_grad()
+    def _body(self, rows: Tensor) -> Any:
+        """What the body of the model, as it is now, returns."""
+        said: list[Any] = []
+        body = self._model.get_decoder()
+        hook = body.register_forward_hook(lambda module, read, out: said.append(out))
+        try:
+            self._model(input_ids=rows, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return said[0]
+
+    @torch.no_grad()
+    def _logits(self, rows: Tensor, positions: Tensor, said: Any) -> Tensor:
+        """The logits at some positions, from what the body has said: float32 at least."""
+        with _saying(self._model, said):
+            logits: Tensor = self._model(input_ids=rows, use_cache=False, logits_to_keep=positions).logits
+        if logits.shape[1] != len(positions):
+            raise RecipeError(
+                f"{type(self._model).__name__} gave logits of {logits.shape[1]} positions where {len(positions)} were "
+                "asked for; its family does not know `logits_to_keep`, choose an allocator that measures nothing"
+            )
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    @contextmanager
+    def _replaced(self, made: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Other modules in some places, and afterwards the old ones."""
+        before = {name: self._model.get_submodule(name) for name in made}
+        try:
+            for name, module in made.items():
+                self._model.set_submodule(name, module.to(self._device).eval())
+            yield
+        finally:
+            for name, module in before.items():
+                self._model.set_submodule(name, module)
+
+
+@contextmanager
+def _saying(model: Any, said: Any) -> Iterator[None]:
+    """Within, the body of the model answers at once, so that a call costs the head alone."""
+    body = model.get_decoder()
+    if body is model:
+        raise RecipeError(
+            f"{type(model).__name__} has no body apart from its head; choose an allocator that measures nothing"
+        )
+    body.forward = lambda *arguments, **named: said
+    try:
+        yield
+    finally:
+        del body.forward
+
+
+def identity(target: Any) -> str:
+    """What a target is, tensors by their content: equal for targets that become the same."""
+    if isinstance(target, Tensor):
+        content = target.detach().cpu().contiguous()
+        return hashlib.sha256(content.view(torch.uint8).numpy().tobytes()).hexdigest()
+    if isinstance(target, Mapping):
+        return repr([(key, identity(value)) for key, value in target.items()])
+    if is_dataclass(target) and not isinstance(target, type):
+        return repr((type(target).__name__, [(f.name, identity(getattr(target, f.name))) for f in fields(target)]))
+    return repr(target)
+
+
+def _turned(weight: Tensor, transposed: bool) -> Tensor:
+    return weight.detach().T.contiguous() if transposed else weight.detach()

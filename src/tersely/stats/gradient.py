@@ -1,0 +1,34 @@
+"""What gradients of the loss look like: how much the model minds an error in a linear's output, or in its weight.
+
+Let g = ∂L/∂y be the gradient, at one token, of the loss L of its window in the output y of a linear, and D = ∂L/∂W =
+Σ g xᵀ over the tokens of a window that in its weight.  To second order, with the squares of gradients in the place of
+the Hessian (the empirical Fisher information), a change Δ of the weight raises the loss by
+
+    ½ tr(E[g gᵀ] Δ E[x xᵀ] Δᵀ)   per token,  if gradients and inputs are independent   (Martens and Grosse)
+    ½ Σᵢⱼ E[Dᵢⱼ²] Δᵢⱼ²           per window, if the entries of the weight are
+
+so these two expectations are what is gathered, the second one as its mean over the rows of a weight: one number per
+input channel.  The square of a gradient that is summed over a batch is something else, and much of it cancels; hence
+one window at a time.
+
+Source: Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015, section 3
+(arXiv 1503.05671).
+"""
+
+from typing import ClassVar
+
+from tersely.stats.base import Keyed
+from tersely.stats.channel import Power
+from tersely.stats.gram import Gram
+
+
+class OutputGram(Gram):
+    """Sum of g gᵀ, shape ``[out, out]``: the second moments of the gradient in a linear's output."""
+
+    keyed: ClassVar[Keyed] = "output"
+
+
+class Fisher(Power):
+    """Mean square of the gradient in a weight per input channel, ``[in]``, over its rows and over windows."""
+
+    keyed: ClassVar[Keyed] = "weight"
