@@ -181,7 +181,7 @@ OTHER = {
     CacheStep: {
         "cache": "quantized",
         "keep": 0.25,
-        "allocate": "uniform",
+        "allocate": "greedy",
         "propagate": "none",
         "on_failure": "dense",
         "options": {"alpha": 0.25},

@@ -109,7 +109,7 @@ HEAL = {"objective": ["logits"], "tokens": 300_000, "rate": 2e-3, "options": {"r
 NOISE = {"tokens": 300_000, "rate": 5e-4, "quantizer_rate": 0.02, "activations": False}
 
 SHAPES = (
-    *(Entry("stat", options={"target": ["mlp"], "keep": keep}, sizes=None) for keep in (0.9, 0.75, 0.5)),
+    *(Entry("stat", "uniform", options={"target": ["mlp"], "keep": keep}, sizes=None) for keep in (0.9, 0.75, 0.5)),
     *(
         Entry("latent", options={"keep": keep, "metric": metric}, sizes=None)
         for keep in (0.5, 0.25)
