@@ -674,6 +674,7 @@ def test_several_values_arrive(tersely_, usual, model_folder, tmp_path):
         "propagate": "none",
         "on_failure": "raise",
         "damping": 1e-3,
+        "pivot": False,
     }
 
 

@@ -266,8 +266,8 @@ def test_nothing_changed_nothing_observed_and_little_observed(refit):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": "9"}, "widths of 1 to 8, or 16"),
-        ({"bits": "8,3"}, r"joined by \+"),
+        ({"widths": "9"}, "widths of 1 to 8, or 16"),
+        ({"widths": "8,3"}, r"joined by \+"),
         ({"ranks": "2"}, "one positive number for each group"),
         ({"ranks": "2+0"}, "one positive number for each group"),
         ({"group": -1}, "wanted 0 for whole rows"),

@@ -21,8 +21,8 @@ from tersely.journal import Journal
 from tersely.kinds import DenseLinear
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.option import Option
-from tersely.pipeline import compress, run
-from tersely.prepare import prepare
+from tersely.pipeline import run
+from tersely.prepare import examine, prepare
 from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe
 from tersely.sensitivity import SKIPPED, TEMPERATURE, WINDOWS, Laboratory
 from tersely.stats import Stats
@@ -162,9 +162,10 @@ def test_what_cannot_be_measured_is_refused(laboratory, model_folder):
         headless.harm(0, target_in(headless, 0), {}, [Option(1, 7, 0.0)])
 
 
-def test_data_free_methods_need_text_for_these_allocators(model_folder, tmp_path):
-    with pytest.raises(RecipeError, match="calibration text"):
-        compress(model_folder(), tmp_path / "out", method="svd", keep=0.5, allocate="lems")
+def test_data_free_methods_read_text_for_these_allocators(model_folder, text_file, tmp_path):
+    recipe = Recipe(str(model_folder()), [MethodStep("svd", keep=0.5, allocate="lems")], Calibration([str(text_file)]))
+    found = examine(recipe, tmp_path)
+    assert found.calibrated and not found.objects[0].needs
 
 
 # --- in a run ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tersely.pipeline import run
 from tersely.prepare import prepare
-from tersely.recipe import Calibration, Recipe, MethodStep
+from tersely.recipe import Calibration, MethodStep, Recipe
 
 METHODS = ("svd", "asvd", "svd_llm")
 

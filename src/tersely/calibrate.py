@@ -215,13 +215,13 @@ class StatisticsStore:
         self.shared = shared
         """Whether other runs will read it."""
         digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
-        self._folder = folder / digest[:16]
+        self.folder = folder / digest[:16]
 
     def has(self, block: int, needs: Iterable[type[Statistic]]) -> bool:
         return all(self._file(block, kind).exists() for kind in needs)
 
     def write(self, block: int, stats: Mapping[str, Stats]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         kinds = {kind for of_input in stats.values() for kind in of_input.kinds()}
         for kind in kinds:
             flat = {f"{key}|{part}": t for key, s in stats.items() for part, t in s[kind].state().items()}
@@ -240,7 +240,7 @@ class StatisticsStore:
 
     def _file(self, block: int, kind: type[Statistic]) -> Path:
         (name,) = [name for name, known in STATISTICS.items() if known is kind]
-        return self._folder / f"{block:04}.{name}.safetensors"
+        return self.folder / f"{block:04}.{name}.safetensors"
 
 
 def watch_list(

@@ -32,7 +32,7 @@ from tersely.journal import Journal
 from tersely.outlook import Outlook
 from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe, TrainStep
 from tersely.steps.compressing import OVERHEAD, OVERHEAD_PER_SITE, base_of, budget_bytes, spills, targets_of
-from tersely.tables import build
+from tersely.tables import build, build_allocator
 from tersely.targets import Target
 from tersely.text import read_text
 from tersely.train.data import hold_out
@@ -67,6 +67,7 @@ class Prepared:
 class Examined:
     """What the headers of a model say about a recipe."""
 
+    recipe: Recipe
     source: Source
     anatomy: Anatomy
     objects: tuple[Any, ...]
@@ -78,8 +79,8 @@ class Examined:
 
     @property
     def calibrated(self) -> bool:
-        """Whether some step reads statistics of inputs."""
-        return any(getattr(entry, "needs", ()) for entry in self.objects)
+        """Whether some step looks at calibration text."""
+        return reads_inputs(self.recipe, self.objects)
 
 
 def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
@@ -105,7 +106,7 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     if isinstance(first, MethodStep | CacheStep):
         targets = targets_of(first, anatomy, source, bases[0])
         budget = budget_bytes(first, targets, source)
-    return Examined(source, anatomy, objects, targets, budget, disk_needed(recipe, source, targets))
+    return Examined(recipe, source, anatomy, objects, targets, budget, disk_needed(recipe, source, targets))
 
 
 def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
@@ -132,7 +133,7 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     if not above.is_dir():
         raise CheckpointError(f"{out}: {above} is a file; choose another place")
     objects = [build(step) for step in recipe.step]
-    calibrated = any(getattr(o, "needs", ()) for o in objects) or recipe.calibration.source != ["stdlib"]
+    calibrated = reads_inputs(recipe, objects) or recipe.calibration.source != ["stdlib"]
     asked = [*(recipe.calibration.source if calibrated else ()), *(t for s in trained(recipe) for t in s)]
     texts = [read_text(source, "calibration").sha256 for source in asked]
     bases = [locate(step.base) for step in recipe.step if isinstance(step, MethodStep) and step.base is not None]
@@ -170,6 +171,14 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     resolved = _resolved(recipe, found.objects, found.source, windows)
     return Prepared(
         resolved, out, found.source, digest, found.anatomy, tokenizer, windows, texts_of, journal, tuple(warnings)
+    )
+
+
+def reads_inputs(recipe: Recipe, objects: Sequence[Any]) -> bool:
+    """Whether a method reads statistics, or an allocator wants the model measured."""
+    divided = [step.allocate for step in recipe.step if isinstance(step, MethodStep | CacheStep)]
+    return any(getattr(built, "needs", ()) for built in objects) or any(
+        build_allocator(name).measures is not None for name in divided
     )
 
 

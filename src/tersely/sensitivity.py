@@ -117,7 +117,7 @@ class Laboratory:
             value = None
             if self._shared is not None:
                 digest = hashlib.sha256(told.encode()).hexdigest()[:16]
-                place = self._shared._folder / f"measured.{digest}.json"
+                place = self._shared.folder / f"measured.{digest}.json"
                 if not place.exists():
                     place.parent.mkdir(parents=True, exist_ok=True)
                     commit_text(place, json.dumps(measure()))

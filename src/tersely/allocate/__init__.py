@@ -18,7 +18,7 @@ from tersely.allocate.base import (
     Spectrum,
     curve_of,
 )
-from tersely.allocate.optimum import STATES, greedy, knapsack, lems, lems_probe
+from tersely.allocate.optimum import STATES, greedy, knapsack, lems, lems_probe, total
 from tersely.allocate.search import ratio_probes, sensitivity
 from tersely.allocate.shares import effective_rank, importance, svd_llm_v2, uniform
 
@@ -66,6 +66,12 @@ ALLOCATORS: dict[str, Allocator] = {
         True,
         "the same share for every role; within it, sites that lose more there keep more (SVD-LLM V2)",
         "Wang et al., 2025, SVD-LLM V2: Optimizing Singular Value Truncation (arXiv 2503.12340)",
+    ),
+    "total": Allocator(
+        total,
+        True,
+        "the least plain sum of predicted errors, for methods that predict losses (kfac_svd, fwsvd)",
+        "Pisinger, 1995, A minimal algorithm for the multiple-choice knapsack problem",
     ),
     "uniform": Allocator(uniform, False, "the same share of bytes for every site"),
 }

@@ -84,6 +84,13 @@ def knapsack(curves: Sequence[Curve], budget: int) -> Plan:
     return _knapsack(curves, budget, avoidable(curves))
 
 
+def total(curves: Sequence[Curve], budget: int) -> Plan:
+    """The least plain sum of the predicted errors, for methods whose errors are increases of the model's loss and so
+    compare from site to site (those that read gradients).  Errors of outputs do not, and it ruins methods that predict
+    these."""
+    return _knapsack(curves, budget, [Yard(1.0, 1.0)] * len(curves))
+
+
 def lems(curves: Sequence[Curve], budget: int, measures: Measures) -> Plan:
     """As `knapsack`, and a site counts by what the model was measured to lose through it."""
     if not measures.harm:
