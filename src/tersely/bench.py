@@ -83,7 +83,15 @@ LOW_RANK = tuple(
         ("svd_llm", "greedy", "block"),
         ("svd_llm", "greedy", "input"),
         ("svd_llm", "knapsack", "none"),
-        ("svd_llm", "knapsack", "block"),
+        ("svd_llm", "lems", "none"),
+        ("nsvd", "uniform", "none"),
+        ("adasvd", "uniform", "none"),
+        ("fwsvd", "uniform", "none"),
+        ("kfac_svd", "uniform", "none"),
+        ("kfac_svd", "total", "none"),
+        ("aa_svd", "uniform", "input"),
+        ("aa_svd", "lems", "input"),
+        ("modegpt", "uniform", "block"),
     )
 )
 """The low-rank systems of this release."""
