@@ -134,8 +134,33 @@ class SiteTarget(Target):
         return weight if self.base is None else weight.float() - self.base.float()
 
 
+class OfUnit(Target):
+    """A target that takes a whole unit; a method for units says what could become of it."""
+
+    unit: Unit
+    method: UnitMethod | CacheMethod
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.unit.block
+
+    @property
+    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
+        return tuple(self.unit.sites.values())
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return self.method.needs
+
+    def sizes(self, itemsize: int) -> Sequence[Option]:
+        return self.method.sizes(self.unit, itemsize)
+
+    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
+        return self.method.options(self.unit, by_role(self.unit, weights), read_by_role(self.unit, stats))
+
+
 @dataclass(frozen=True)
-class UnitTarget(Target):
+class UnitTarget(OfUnit):
     """The attention or the MLP of a block."""
 
     unit: Unit
@@ -151,26 +176,8 @@ class UnitTarget(Target):
     def role(self) -> str:  # type: ignore[override]
         return self.unit.role
 
-    @property
-    def block(self) -> int:  # type: ignore[override]
-        return self.unit.block
-
-    @property
-    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
-        return tuple(self.unit.sites.values())
-
-    @property
-    def needs(self) -> tuple[type[Statistic], ...]:
-        return self.method.needs
-
     def dense_bytes(self, itemsize: int) -> int:
         return self.elements * itemsize
-
-    def sizes(self, itemsize: int) -> Sequence[Option]:
-        return self.method.sizes(self.unit, itemsize)
-
-    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
-        return self.method.options(self.unit, by_role(self.unit, weights), read_by_role(self.unit, stats))
 
     def compress(
         self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
@@ -215,7 +222,7 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 @dataclass(frozen=True)
-class CacheTarget(Target):
+class CacheTarget(OfUnit):
     """The keys and values that the attention of a block leaves behind; bytes are those of one token."""
 
     unit: Unit
@@ -232,26 +239,8 @@ class CacheTarget(Target):
     def role(self) -> str:  # type: ignore[override]
         return "cache"
 
-    @property
-    def block(self) -> int:  # type: ignore[override]
-        return self.unit.block
-
-    @property
-    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
-        return tuple(self.unit.sites.values())
-
-    @property
-    def needs(self) -> tuple[type[Statistic], ...]:
-        return self.method.needs
-
     def dense_bytes(self, itemsize: int) -> int:
         return dense_bytes_per_token(self.unit, itemsize)
-
-    def sizes(self, itemsize: int) -> Sequence[Option]:
-        return self.method.sizes(self.unit, itemsize)
-
-    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
-        return self.method.options(self.unit, by_role(self.unit, weights), read_by_role(self.unit, stats))
 
     def compress(
         self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
