@@ -19,7 +19,6 @@ Source: Kumar et al., AA-SVD: Anchored and Adaptive SVD for Large Language Model
 (arXiv 2604.02119).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -31,7 +30,14 @@ from torch import Tensor
 from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LinearKind
 from tersely.linalg.truncation import output_basis
-from tersely.methods.low_rank.factorise import low_rank, rank_options, rank_sizes
+from tersely.methods.low_rank.factorise import (
+    check_damping,
+    damped_gram,
+    leaves_as_stored,
+    low_rank,
+    rank_options,
+    rank_sizes,
+)
 from tersely.option import Option
 from tersely.stats import Cross, Gram, Statistic, Stats
 
@@ -44,38 +50,36 @@ class AnchoredSVD:
     damping: float = 1e-3
     """Added to the diagonal of the Gram matrix, as a fraction of the mean input power (no unit)."""
 
+    pivot: bool = False
+    """Store r rows of the product in place of a factor: r² numbers fewer at rank r, so a higher rank in as many
+    bytes (see `kinds.pivoted`)."""
+
     paper: ClassVar[str] = "Kumar et al., 2026, AA-SVD: Anchored and Adaptive SVD (arXiv 2604.02119)"
     summary: ClassVar[str] = "truncation that gives back the dense output from the shifted input"
-    leaves: ClassVar[tuple[str, ...]] = ("down", "up")
+    leaves: ClassVar[tuple[str, ...]] = leaves_as_stored()
 
     def __post_init__(self) -> None:
         if not 0 <= self.anchor <= 1:
             raise RecipeError(f"aa_svd: anchor {self.anchor}; wanted 0 to 1")
-        if not 0 <= self.damping < math.inf:
-            raise RecipeError(f"aa_svd: damping {self.damping}; wanted 0 or more, a fraction of the mean input power")
+        check_damping("aa_svd", self.damping)
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
         return (Gram, Cross)
 
     def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
-        return rank_sizes(shape, itemsize)
+        return rank_sizes(shape, itemsize, self.pivot)
 
     def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
         """Errors are what truncation adds to the least possible error, in the damped metric."""
         wanted = self._best(weight, stats)
-        return rank_options(wanted, output_basis(wanted, self._metric(stats), vectors=False))
+        return rank_options(wanted, output_basis(wanted, self._metric(stats), vectors=False), self.pivot)
 
     def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
-        return low_rank(self._best(weight, stats), self._metric(stats), amount)
+        return low_rank(self._best(weight, stats), self._metric(stats), amount, self.pivot)
 
     def _metric(self, stats: Stats) -> Float[Tensor, "in in"]:
-        gram = stats[Gram].mean()
-        power = gram.diagonal().mean()
-        if power == 0:  # nothing was observed: every direction counts alike
-            return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-        gram.diagonal().add_(self.damping * power)  # of the fresh tensor that `mean` made
-        return gram
+        return damped_gram(stats, self.damping)
 
     def _best(self, weight: Float[Tensor, "out in"], stats: Stats) -> Float[Tensor, "out in"]:
         """W*, in the weight's dtype.  The damping pulls it towards W, not towards zero."""
