@@ -29,7 +29,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console(soft_wrap=True, highlight=False)
+# without a terminal there is no edge to keep to: what is piped into a file must not lose the ends of its cells
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 debugging = False
 
 

@@ -60,7 +60,7 @@ def plain_table(title: str, headings: Sequence[str], lines: Sequence[Sequence[ob
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(headings):
         numbers = all(isinstance(line[number], int | float | None) for line in lines)
-        table.add_column(heading, justify="right" if numbers else "left")
+        table.add_column(heading, justify="right" if numbers else "left", overflow="fold")
     for line in lines:
         table.add_row(*(_cell(value) for value in line))
     return table
