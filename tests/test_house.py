@@ -37,6 +37,8 @@ LAYERS = (
     {"rewrite"},
     {"targets", "tables"},
     {"sensitivity"},
+    {"job"},
+    {"planning"},
     {"sweeps"},
     {"evaluation", "report"},
     {"steps"},

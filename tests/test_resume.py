@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tersely import checkpoint, journal, sweeps
+from tersely import calibrate, checkpoint, job, journal, sweeps
 from tersely.errors import CheckpointError, RecipeError
 from tersely.methods import METHODS
 from tersely.pipeline import run
@@ -334,12 +334,13 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Grows with every replay of a model."""
     begun: list[object] = []
 
-    class Counted(sweeps.Replay):
+    class Counted(calibrate.Replay):
         def __init__(self, *arguments: Any) -> None:
             begun.append(self)
             super().__init__(*arguments)
 
-    monkeypatch.setattr(sweeps, "Replay", Counted)
+    for module in (job, sweeps):
+        monkeypatch.setattr(module, "Replay", Counted)
     return begun
 
 

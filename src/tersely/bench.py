@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from tersely.errors import RecipeError
+from tersely.job import Progress
 from tersely.journal import commit_text
 from tersely.pipeline import Result, evaluate, load, run, versions
 from tersely.prepare import examine, prepare
 from tersely.recipe import STEPS, Calibration, Recipe, plain_step, recipe_from
 from tersely.report.rows import format_value
-from tersely.sweeps import Progress
 from tersely.tables import verb_for
 from tersely.text import read_text
 

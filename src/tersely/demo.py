@@ -9,11 +9,11 @@ from rich.table import Table
 
 from tersely.bench import Bench, Entry, Row, bench_content, markdown, rows_so_far, run_bench
 from tersely.errors import CheckpointError
+from tersely.job import Progress
 from tersely.journal import commit_text
 from tersely.recipe import Calibration
 from tersely.report.comparison import comparison_page
 from tersely.report.rows import format_value
-from tersely.sweeps import Progress
 
 KEEPS = (0.8, 0.6)
 ENTRIES = (

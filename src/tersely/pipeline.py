@@ -19,6 +19,7 @@ from tersely.deltas.folder import open_delta, write_delta
 from tersely.errors import RecipeError, TerselyError
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation.memory import peak_memory
+from tersely.job import Progress
 from tersely.journal import Journal, commit_text
 from tersely.kinds import LinearKind
 from tersely.prepare import Prepared, check_device, prepare
@@ -28,7 +29,6 @@ from tersely.report.page import page
 from tersely.report.rows import Report, Row, size_rows
 from tersely.steps import run_step
 from tersely.steps.scene import Done, Scene
-from tersely.sweeps import Progress
 from tersely.tables import verb_for
 from tersely.verify import CHECKSUMS, checksums
 

@@ -13,11 +13,13 @@ from tersely.checkpoint import Edit, Source, State, carried_files, locate
 from tersely.convert import AttentionSettings, attention_settings, norm_tensors
 from tersely.deltas.folder import check_pair, open_any
 from tersely.errors import AnatomyError, RecipeError
+from tersely.job import Job
 from tersely.methods import METHODS, RebuildsAttention
+from tersely.planning import forced, size_curves
 from tersely.recipe import CacheStep, MethodStep, Step
 from tersely.report.rows import Row, SiteRow
 from tersely.steps.scene import Done, Scene
-from tersely.sweeps import Job, Outcome, compress, forced, size_curves
+from tersely.sweeps import Outcome, compress
 from tersely.tables import build, build_allocator
 from tersely.targets import CacheTarget, SiteTarget, Target, UnitTarget
 

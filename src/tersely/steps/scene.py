@@ -9,9 +9,9 @@ from torch import Tensor
 
 from tersely.anatomy import Anatomy
 from tersely.checkpoint import Edit, Source
+from tersely.job import Progress
 from tersely.journal import Journal
 from tersely.report.rows import Row, SiteRow
-from tersely.sweeps import Progress
 
 
 @dataclass(frozen=True)

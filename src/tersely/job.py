@@ -1,0 +1,138 @@
+"""What the sweeps work on, and the statistics that they ask for."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from tersely.allocate import Allocator
+from tersely.anatomy import Anatomy, Site
+from tersely.calibrate import Blocks, Replay, StatisticsStore, watch_list
+from tersely.checkpoint import Source
+from tersely.gradients import GradientStatistics
+from tersely.journal import Journal
+from tersely.stats import Gram, Statistic, Stats, keyed_by
+from tersely.targets import Target
+
+Progress = Callable[[str, int, int], None]
+"""What is being done, how many units are done, of how many."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a step needs to know; nothing in it changes while it runs."""
+
+    source: Source
+    anatomy: Anatomy
+    targets: tuple[Target, ...]
+    allocator: Allocator
+    budget: int | None
+    """In the unit of the targets' `dense_bytes`; None where every target has a single form to take."""
+    propagate: str
+    """none, block or input; see `MethodStep`."""
+    on_failure: str
+    windows: Tensor | None
+    """Token numbers ``[samples, length]``; None for a data-free method without calibration."""
+    device: str
+    journal: Journal
+    store: StatisticsStore | None
+    """Where statistics of the dense model are kept; None to keep none."""
+    progress: Progress
+
+    @cached_property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        """What is gathered: what the method reads, and the Gram matrix, which tells the error that a site really
+        makes."""
+        return tuple(dict.fromkeys([*self.method_needs, Gram])) if self.windows is not None else ()
+
+    @cached_property
+    def method_needs(self) -> tuple[type[Statistic], ...]:
+        return tuple(dict.fromkeys(kind for target in self.targets for kind in target.needs))
+
+    @cached_property
+    def gradients(self) -> GradientStatistics | None:
+        """Those of the dense model, whatever `propagate` says; None where the method reads none.  They are kept in the
+        journal where no store is."""
+        kinds = [kind for kind in self.needs if keyed_by(kind) != "input"]
+        if not kinds or self.windows is None:
+            return None
+        store = self.store or StatisticsStore(self.journal.folder, {}, shared=False)
+        sites = [site for target in self.targets for site in target.sites]
+        return GradientStatistics(
+            self.source, self.anatomy, sites, kinds, self.windows, store, self.device, self.progress
+        )
+
+    def in_block(self, index: int) -> tuple[Target, ...]:
+        return tuple(target for target in self.targets if target.block == index)
+
+    def sites_in_block(self, index: int) -> tuple[Site, ...]:
+        return tuple(site for target in self.in_block(index) for site in target.sites)
+
+
+def dense_statistics(
+    job: Job, blocks: Blocks, needs: Sequence[type[Statistic]], clock: "Clock"
+) -> Iterator[tuple[int, Mapping[str, Stats]]]:
+    """Statistics of the dense model block by block: from the store where it has them, else by replay (and stored)."""
+    count = len(job.anatomy.blocks)
+    inputs = of_inputs(needs)
+    if not inputs or job.windows is None:
+        yield from ((index, gradients_of(job, index, clock)) for index in range(count))
+        return
+    replay = None
+    for index in range(count):
+        gradients = gradients_of(job, index, clock)
+        if job.store is not None and job.store.has(index, inputs):
+            yield index, job.store.read(index, inputs, job.device) | gradients
+            continue
+        with clock("replay"):
+            replay = replay or Replay(job.source, job.anatomy, job.windows, job.device)
+            while replay.at < index:
+                replay.observe(blocks.dense(replay.at), {}, advance=True)
+            # a shared store serves every later choice of targets, so it is given all inputs of the block
+            shared = job.store is not None and job.store.shared
+            wanted = job.anatomy.sites if shared else job.sites_in_block(index)
+            kinds = inputs if job.store is None else of_inputs(job.needs)
+            watched = watch_list(job.anatomy, index, wanted, kinds, job.device)
+            replay.observe(blocks.dense(index), watched, advance=True)
+        stats = {key: of_input for key, (_, of_input) in watched.items()}
+        if job.store is not None:
+            job.store.write(index, stats)
+        yield index, stats | gradients
+        del watched, stats, gradients  # before the next block's are gathered
+
+
+def of_inputs(needs: Sequence[type[Statistic]]) -> tuple[type[Statistic], ...]:
+    """Those that a block shows by itself; gradients take the whole model."""
+    return tuple(kind for kind in needs if keyed_by(kind) == "input")
+
+
+def gradients_of(job: Job, index: int, clock: "Clock") -> dict[str, Stats]:
+    """Site → statistics of the gradients in it, in the dense model."""
+    if job.gradients is None:
+        return {}
+    with clock("gradients"):
+        return job.gradients.of_block(index)
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begun
+
+
+def as_weight(stored: Tensor, site: Site) -> Tensor:
+    """The weight as [out, in]."""
+    return stored.T.contiguous() if site.transposed else stored
