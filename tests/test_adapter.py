@@ -13,12 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 from families import tiny_batch, tiny_model
 from tersely.errors import AnatomyError, CheckpointError, NumericalError, RecipeError
-from tersely.kinds import DenseLinear, LowRankLinear, dense_weight
+from tersely.kinds import DenseLinear, LinearKind, LowRankLinear, PivotedLinear, dense_weight
 from tersely.kinds.sum import SumLinear
+from tersely.pipeline import run
+from tersely.prepare import prepare
+from tersely.recipe import recipe_from
 from tersely.stats import Stats
 from tersely.train import RELAXATIONS, harden, relax_sites
 from tersely.train.peft_format import CONFIG, TENSORS, Update, apply_adapter, read_adapter, updates_of, write_adapter
-from tersely.train.relax.adapter import Adapted, Adapter
+from tersely.train.relax.adapter import Adapted, AdaptedFactors, Adapter
 from tersely.train.relax.full import Full
 from tersely.train.relax.kasa import KnowledgeAdapter, distance_from_orthonormal
 
@@ -49,6 +52,8 @@ def linear(shape: tuple[int, int], kind: str = "linear", dtype: torch.dtype = to
             made.weight.data, made.bias.data = weight.T.contiguous(), bias
         case "dense":
             made = DenseLinear.from_weight(weight, bias)
+        case "sum":
+            return SumLinear.of([linear(shape)])
         case "low_rank":
             made = LowRankLinear.from_factors(normal(shape[0], 5, seed=2).to(dtype), normal(5, shape[1]).to(dtype))
             made.set_bias(bias)
@@ -183,6 +188,106 @@ def test_all_numbers_of_a_linear_can_train_and_return_to_their_dtype():
     assert type(hard) is Conv1D
     assert all(torch.equal(hard.state_dict()[name], tensor) for name, tensor in base.state_dict().items())
     assert module.bits().item() == 16 * 240
+
+
+# --- factors ----------------------------------------------------------------------------------------------------------
+
+
+def factorised(shape: tuple[int, int], kind: str) -> LinearKind:
+    up, down, bias = normal(shape[0], 5, seed=2), normal(5, shape[1]), normal(shape[0], seed=1)
+    made = {"low_rank": LowRankLinear, "pivoted": PivotedLinear}[kind].from_factors(up, down)
+    made.set_bias(bias)
+    return made
+
+
+def learned(module: AdaptedFactors) -> AdaptedFactors:
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.groups()["adapters"]):
+            parameter.copy_(normal(*parameter.shape, seed=seed))
+    return module
+
+
+@every_shape
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [("low_rank", ("up",)), ("low_rank", ("down",)), ("low_rank", ("down", "up")), ("pivoted", ("rest",)),
+     ("pivoted", ("down", "up", "rest"))],
+)  # fmt: skip
+def test_updates_of_factors_are_merged_into_them_and_cost_nothing(shape, kind, factors):
+    base, x = factorised(shape, kind), normal(7, shape[1], seed=4)
+    before = copy.deepcopy(base.state_dict())
+    module = Adapter(rank=3, factors=factors).relax(base, Stats(), generator())
+    assert isinstance(module, AdaptedFactors)
+    assert torch.equal(module(x), base(x))  # they begin as nothing
+    hard = learned(module).eval().harden()
+    # merged and unmerged are one function
+    torch.testing.assert_close(hard(x), module(x), rtol=1e-12, atol=1e-10)
+    assert type(hard) is type(base) and hard.spec() == base.spec()
+    assert {name: (t.shape, t.dtype) for name, t in hard.state_dict().items()} == {
+        name: (t.shape, t.dtype) for name, t in before.items()
+    }
+    changed = {name for name, tensor in hard.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"{name}.weight" for name in factors if hasattr(base, name)}
+    assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in before.items())
+    numbers = sum(t.numel() for name, t in base.state_dict().items() if name not in ("bias", "up.bias", "place"))
+    places = 2 * shape[0] if kind == "pivoted" else 0
+    assert module.bits().item() == 64 * numbers + 8 * places
+    # of the one factor the update is that of a plain linear
+    if factors == ("up",):
+        alone = base.up.weight + 16.0 / 3 * module.base.up.up @ module.base.up.down
+        torch.testing.assert_close(hard.up.weight, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_of_one_factor_passes_through_the_other():
+    base, x, wanted = factorised((10, 24), "low_rank"), normal(7, 24, seed=4), normal(7, 10, seed=5)
+    module = learned(Adapter(rank=3, factors=("down",)).relax(base, Stats(), generator()))
+    hard = module.harden()
+    for tried in (module, hard):
+        (tried(x) - wanted).square().sum().backward()
+    child = module.base.down
+    slope = child.scale * hard.down.weight.grad @ child.down.detach().T
+    torch.testing.assert_close(child.up.grad, slope, rtol=1e-10, atol=1e-10)
+    assert {id(p) for p in module.groups()["adapters"]} == {id(child.down), id(child.up)}
+
+
+def test_a_linear_that_was_left_dense_is_updated_as_a_whole():
+    module = Adapter(factors=("up",)).relax(linear((10, 24)), Stats(), generator())
+    assert isinstance(module, Adapted) and type(module.harden()) is nn.Linear
+
+
+def test_factors_that_are_not_there_are_refused():
+    with pytest.raises(RecipeError, match=r"has no plain linear rest .*it has down, up"):
+        Adapter(factors=("rest",)).relax(factorised((10, 24), "low_rank"), Stats(), generator())
+    with pytest.raises(RecipeError, match="it has none"):
+        Adapter(factors=("up",)).relax(linear((10, 24), "sum"), Stats(), generator())
+    with pytest.raises(RecipeError, match="no target is factorised"):
+        Adapter(factors=("up",)).check([(4, 4)], 0, 0, None)
+    Adapter(factors=("up",)).check([(4, 4)], 1, 0, None)
+    for fields in ({"factors": ("side",)}, {"factors": ("up", "up")}, {"factors": ("up",), "merge": False}):
+        with pytest.raises(RecipeError, match="adapter"):
+            Adapter(**fields)
+
+
+def test_one_factor_after_the_other_heals_and_leaves_bytes_and_manifest_alone(model_folder, text_file, tmp_path):
+    """SVD-LLM's sequential LoRA, two steps of a recipe."""
+    heal = {"train": ["logits"], "relax": "adapter", "rank": 2, "tokens": 2048, "batch": 4, "rate": 3e-3, "held_out": 8}
+    cut = {"method": "svd_llm", "keep": 0.6, "allocate": "uniform"}
+    steps = [cut, heal | {"factors": ["up"]}, heal | {"factors": ["down"]}]
+    plain = {"model": str(model_folder()), "calibration": {"source": [str(text_file)], "samples": 16, "length": 16}}
+    found = {}
+    for name, chosen in (("cut", steps[:1]), ("healed", steps)):
+        report = run(prepare(recipe_from(plain | {"step": chosen}), tmp_path / name)).report
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    shapes = [{path: tensor.shape for path, tensor in tensors.items()} for tensors in found.values()]
+    assert shapes[0] == shapes[1]
+    manifests = [json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in found]
+    assert manifests[0] == manifests[1]
+    changed = {path for path in found["cut"] if not torch.equal(found["cut"][path], found["healed"][path])}
+    assert changed == {path for path in found["cut"] if path.endswith((".up.weight", ".down.weight"))}
+    held_out = [figures["training"]["held_out"] for figures in report.steps[1:]]
+    assert all(losses[-1]["losses"]["logits"] < losses[0]["losses"]["logits"] for losses in held_out)
+    # the second step goes on from what the first one ended with
+    assert held_out[1][0]["losses"]["logits"] == pytest.approx(held_out[0][-1]["losses"]["logits"], rel=1e-3)
 
 
 # --- between ----------------------------------------------------------------------------------------------------------

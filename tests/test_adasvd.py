@@ -4,6 +4,7 @@ W is the weight, G the mean of x xᵀ; the factors of the paper are found by its
 """
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,7 +16,8 @@ from tersely.linalg.truncation import output_basis
 from tersely.methods.low_rank.adasvd import AdaSVD, alternated
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
-from tersely.stats import Gram, Stats
+from tersely.stats import BucketGram, Gram, Stats
+from tersely.stats.gram import BUCKET
 
 SHAPES = {"wide": (10, 24), "tall": (24, 10), "square": (16, 16)}
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -194,3 +196,83 @@ def test_a_rank_that_does_not_exist_is_refused():
     for rank in (-1, 0, 7):
         with pytest.raises(RecipeError, match=rf"rank {rank} for a weight of .* wanted 1 to 6"):
             AdaSVD().compress(weight, stats, rank)
+
+
+# --- as the paper writes it -------------------------------------------------------------------------------------------
+
+
+@every_shape
+@pytest.mark.parametrize("tokens", [300, 6])
+def test_steps_by_pseudo_inverses_of_the_activations_are_those_by_the_gram_matrix(shape, tokens):
+    """𝒰ᵀ = (Xᵀ𝒱)⁺ XᵀWᵀ and 𝒱ᵀ = 𝒰⁺ W on real activations, tokens by width, against the form that holds no token."""
+    weight = normal(*shape)
+    x = correlated(shape[1], tokens)
+    gram = observed(x)[Gram].mean()
+    for rank in (1, min(4, *shape)):
+        start = PlainSVD().compress(weight, Stats(), rank).down.weight.detach()
+        down, path = start, []
+        for _ in range(3):
+            up = (torch.linalg.pinv(x @ down.T, rtol=1e-10) @ x @ weight.T).T
+            path.append(up @ down)
+            down = torch.linalg.pinv(up) @ weight
+            path.append(up @ down)
+        for found, wanted in zip(path, steps(weight, gram, start, 3), strict=True):
+            assert close(found, wanted, 1e-6)
+
+
+def in_buckets(windows: Tensor) -> tuple[BucketGram, Tensor]:
+    """The statistic of these windows, [windows, tokens, width], and the averaged tokens."""
+    gram = BucketGram(windows.shape[-1])
+    for window in windows:
+        gram.update(window)
+    return gram, torch.cat([part.mean(0) for part in windows.split(BUCKET)])
+
+
+@pytest.mark.parametrize("count", [1, BUCKET - 1, BUCKET, 2 * BUCKET + 5])
+def test_a_bucket_is_the_mean_of_its_windows_position_by_position(count):
+    windows = correlated(12, 20 * count).view(count, 20, 12)
+    gram, averaged = in_buckets(windows)
+    torch.testing.assert_close(gram.mean(), averaged.T @ averaged / len(averaged), rtol=1e-12, atol=1e-13)
+    assert gram.tokens == 20 * count
+    first, second = in_buckets(windows)[0], in_buckets(windows + 1)[0]
+    wanted = torch.cat([averaged, in_buckets(windows + 1)[1]])
+    for one, other in ((first, in_buckets(windows + 1)[0]), (second, in_buckets(windows)[0])):
+        one.merge(other)
+        torch.testing.assert_close(one.mean(), wanted.T @ wanted / len(wanted), rtol=1e-12, atol=1e-13)
+
+
+def test_averaging_keeps_what_windows_share_and_shrinks_the_rest():
+    """x = m + noise: the second moments are m mᵀ and a part of the noise's, one in so many as windows are averaged."""
+    shared = normal(1, 40, 8, seed=5)
+    windows = shared + 3 * normal(4 * BUCKET, 40, 8, seed=6)
+    gram, _ = in_buckets(windows)
+    plain = observed(windows.flatten(0, 1))[Gram].mean()
+    own = shared[0].T @ shared[0] / 40
+    scale = own.diagonal().mean().item()
+    torch.testing.assert_close(
+        gram.mean(), own + 9 / BUCKET * torch.eye(8, dtype=torch.float64), rtol=0, atol=0.4 * scale
+    )
+    torch.testing.assert_close(plain, own + 9 * torch.eye(8, dtype=torch.float64), rtol=0, atol=0.4 * scale)
+
+
+@every_shape
+def test_buckets_cost_what_they_save(shape):
+    """What the alternation falls to with averages loses more on the tokens than what it falls to with all of them."""
+    weight = normal(*shape)
+    windows = correlated(shape[1], 20 * 2 * BUCKET).view(2 * BUCKET, 20, shape[1])
+    tokens = windows.flatten(0, 1)
+    plain = observed(tokens)
+    buckets = Stats({BucketGram: in_buckets(windows)[0]})
+    for rank in (2, 5):
+        fitted = undamped(1000).compress(weight, plain, rank).to_dense()
+        averaged = replace(undamped(1000), buckets=True).compress(weight, buckets, rank).to_dense()
+        assert lost(weight, averaged, tokens) > lost(weight, fitted, tokens) * (1 + 1e-4)
+
+
+def test_with_buckets_it_asks_for_nothing_else():
+    method = AdaSVD(buckets=True)
+    assert method.needs == (BucketGram,)
+    weight, x, _ = case((10, 24))
+    buckets, _ = in_buckets(x.view(10, 30, 24))
+    options = method.options(weight, Stats({BucketGram: buckets}))
+    assert options[0].error == pytest.approx((weight @ buckets.mean() @ weight.T).trace().item(), rel=1e-4)

@@ -31,6 +31,7 @@ from tersely.allocate import (
     Measures,
     Plan,
     Spectrum,
+    block_influence,
     curve_of,
     effective_rank,
     greedy,
@@ -44,6 +45,7 @@ from tersely.allocate import (
     svd_llm_v2,
     uniform,
 )
+from tersely.allocate.shares import EPSILON, MOST
 from tersely.errors import NumericalError, RecipeError
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.option import Option
@@ -105,14 +107,16 @@ def relaxed(curves: Sequence[Curve], budget: int) -> tuple[Fraction, Fraction]:
 
 @st.composite
 def some_curves(draw: st.DrawFn, sites: int = 3) -> list[Curve]:
-    """Curves of any shape: rising bytes, errors between nothing and everything, mostly not convex."""
+    """Curves of any shape: rising bytes, errors between nothing and everything, mostly not convex; drifts of any
+    sign."""
     curves = []
     for site in range(draw(st.integers(1, sites))):
         nbytes = sorted(draw(st.sets(st.integers(1, 30), min_size=1, max_size=5)))
         energy = draw(st.integers(1, 50))
         options = [Option(0, 0, float(energy))]
         options += [Option(k, b, float(draw(st.integers(1, energy)))) for k, b in enumerate(nbytes, start=1)]
-        curves.append(curve_of(f"site.{site}", options, draw(st.integers(nbytes[0] + 1, 40))))
+        signed = [replace(option, drift=(-1.0) ** place * option.error) for place, option in enumerate(options)]
+        curves.append(curve_of(f"site.{site}", signed, draw(st.integers(nbytes[0] + 1, 40))))
     return curves
 
 
@@ -634,6 +638,46 @@ def test_a_block_that_changes_nothing_keeps_what_is_sure():
     assert {site: choice.nbytes for site, choice in plan.choices.items()} == {"idle": 200, "works": 600}
     plan = importance(curves, 800, Measures({"idle": 1.0, "works": 1.0}))
     assert {choice.nbytes for choice in plan.choices.values()} == {400}
+
+
+@quick
+@given(similar=st.lists(st.floats(0.3, 1.0), min_size=2, max_size=6), keep=st.floats(0.75, 0.98))
+def test_influence_removes_by_a_softmax_over_blocks(similar, keep):
+    """L φ̄ softmax(-s/ε), to a byte, as long as that does not exceed the cap."""
+    curves = [fine_curve(str(k), 1000) for k in range(len(similar))]
+    budget = int(keep * 1000 * len(similar))
+    weights = [math.exp(-(1 - s) / EPSILON) for s in similar]
+    removed = [(1000 * len(similar) - budget) * w / sum(weights) for w in weights]
+    assume(max(removed) < 1000 * MOST)
+    plan = block_influence(curves, budget, Measures({str(k): s for k, s in enumerate(similar)}))
+    for choice, wanted in zip(plan.choices.values(), removed, strict=True):
+        assert choice.dense_bytes - choice.nbytes == pytest.approx(wanted, abs=2 + len(similar))
+    assert budget - len(similar) <= plan.nbytes <= budget
+
+
+def test_influence_takes_no_more_than_the_cap_and_shares_out_the_rest():
+    curves = [fine_curve(name, 1000) for name in ("idle", "works", "works as much")]
+    similar = Measures({"idle": 1.0, "works": 0.5, "works as much": 0.5})
+    plan = block_influence(curves, 1500, similar)
+    assert [choice.nbytes for choice in plan.choices.values()] == pytest.approx([200, 650, 650], abs=2)
+    # below a fifth of everything the cap gives way, evenly
+    plan = block_influence(curves, 450, similar)
+    assert [choice.nbytes for choice in plan.choices.values()] == pytest.approx([150, 150, 150], abs=2)
+    alike = block_influence(curves, 1500, Measures(dict.fromkeys(similar.similarity, 0.7)))
+    assert [choice.nbytes for choice in alike.choices.values()] == pytest.approx([500, 500, 500], abs=2)
+
+
+def test_the_effective_rank_of_a_unit_counts_the_steps_that_it_offers():
+    """Units say how much they keep of several parts at once; a step of all of them is what a rank is to a linear."""
+    falls = [8.0, 4.0, 2.0, 1.0, 0.5]
+    left = [sum(falls[k:]) for k in range(len(falls) + 1)]
+    ranks = curve_of("linear", [Option(k, 10 * k, e) for k, e in enumerate(left)], 100)
+    parts = [Option(0, 0, left[0]), *(Option({"qk": k, "vo": 2 * k}, 10 * k, e) for k, e in enumerate(left) if k)]
+    unit = curve_of("unit", parts, 100)
+    assert unit.spectrum == ranks.spectrum and unit.spectrum.step_bytes == 10
+    plan = effective_rank([unit, ranks], 60)
+    assert plan.choices["unit"].nbytes == plan.choices["linear"].nbytes == 30
+    assert plan.choices["unit"].amount == {"qk": 3, "vo": 6}
 
 
 @pytest.mark.parametrize("divide", [lems, sensitivity, importance])

@@ -83,7 +83,7 @@ def reading(out: Path, name: str) -> dict[str, Any]:
     [
         ("--method svd_lm --keep 0.6", r"unknown method 'svd_lm'; did you mean 'svd_llm'\? known: .*svd, svd_llm"),
         ("--keep 0.6", "give --method NAME, or --recipe FILE"),
-        ("--method svd", r"could become one of .* sizes; give one of keep, bits and size"),
+        ("--method svd", r"could become one of .* sizes; give one of keep, bits, size and perplexity"),
         ("--method svd --keep 0.6 --size 1MB", r"only one of .* \(came: keep = 0\.6 and size = 1MB\)"),
         ("--method svd --keep 0.6 --bits 8", r"only one of .* \(came: keep = 0\.6 and bits = 8"),
         ("--method svd --keep 0", r"keep = 0\.0; wanted above 0 and at most 1"),
@@ -676,6 +676,8 @@ def test_several_values_arrive(tersely_, usual, model_folder, tmp_path):
         "on_failure": "raise",
         "damping": 1e-3,
         "pivot": False,
+        "remap": False,
+        "update": False,
     }
 
 

@@ -34,6 +34,7 @@ from transformers import (
 from tersely.errors import NumericalError, RecipeError
 from tersely.evaluation import (
     Protocol,
+    Recalled,
     cut,
     evaluate,
     folder_bytes,
@@ -472,3 +473,13 @@ def test_the_reference_model_reads_wikitext_as_others_measured_it():
     (row,) = evaluate(model, tokenizer, [str(raw)], windows=400)["texts"]
     assert (row["length"], row["windows"], row["tokens"]) == (256, 400, 400 * 255)
     assert row["perplexity"] == pytest.approx(38.63, abs=0.01)
+
+
+def test_what_the_dense_body_said_is_not_computed_again(text, tokenizer, monkeypatch):
+    model, dense = llama(1), llama(2)
+    windows = cut(text, tokenizer, model.config, length=LENGTH, stride=5)
+    recalled: Recalled = {}
+    first = measure_agreement(model, dense, windows, recalled=recalled)
+    assert len(recalled) == len(list(windows.batches()))
+    monkeypatch.setattr(dense.get_decoder(), "forward", lambda *arguments, **named: pytest.fail("computed again"))
+    assert measure_agreement(model, dense, windows, recalled=recalled) == first

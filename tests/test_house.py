@@ -23,6 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A module may import what stands above it here, and what belongs to its own unit; never a neighbour, never below.
 LAYERS = (
     {"errors", "option", "progress"},
+    {"settings"},
     {"hf", "recipe"},
     {"text", "journal"},
     {"linalg", "kernels"},
@@ -37,8 +38,10 @@ LAYERS = (
     {"rewrite"},
     {"targets", "tables"},
     {"sensitivity"},
+    {"gating"},
     {"job"},
     {"planning"},
+    {"refine"},
     {"sweeps"},
     {"evaluation", "report"},
     {"steps"},

@@ -1,4 +1,4 @@
-"""What a user looks at: the catalogue, estimates, pages, the bench, the demo on the bundled model."""
+"""What a user looks at: the catalogue, estimates, pages, the demo on the bundled model."""
 
 import json
 import re
@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tersely import bench, demo
-from tersely.bench import Bench, Entry, markdown, run_bench
+from tersely import demo
 from tersely.catalogue import PLAIN_SECTIONS, SECTIONS, catalogue, catalogue_text, field_docstrings
 from tersely.cli import main
-from tersely.errors import RecipeError
 from tersely.estimate import estimate, estimate_table
-from tersely.pipeline import compress, load, quiet
-from tersely.recipe import Calibration, recipe_from
+from tersely.pipeline import compress, load
+from tersely.recipe import recipe_from
 from tersely.report.comparison import comparison_page
 from tersely.report.page import page
 from tersely.report.rows import Report, format_value
@@ -178,39 +176,6 @@ def test_report_and_card_agree_with_the_files(result):
 )  # fmt: skip
 def test_numbers_for_people(value, unit, said):
     assert format_value(value, unit) == said
-
-
-# --- the bench --------------------------------------------------------------------------------------------------------
-
-
-def small_bench() -> Bench:
-    entries = [Entry("svd"), Entry("svd_llm", "greedy", "block", {"damping": 1e-4})]
-    return Bench(str(DEMO), entries, [0.8, 0.5], ["stdlib"], Calibration(samples=4), windows=4)
-
-
-def test_a_bench_goes_on_with_the_first_missing_row(tmp_path, monkeypatch):
-    file = tmp_path / "rows.json"
-    whole = run_bench(small_bench(), file, "command", quiet)
-    assert [(r["method"], r["keep"]) for r in whole] == [(m, k) for k in (0.8, 0.5) for m in ("svd", "svd_llm")]
-    assert whole[1]["options"] == {"allocate": "greedy", "propagate": "block", "damping": 1e-4}
-    assert all(row["trained_on"] is None and row["dense_perplexity"] == whole[0]["dense_perplexity"] for row in whole)
-
-    content = json.loads(file.read_text())
-    assert content["rows"] == whole
-    file.write_text(json.dumps(content | {"rows": whole[:3]}))
-    made = []
-    usual = bench._compressed
-    monkeypatch.setattr(bench, "_compressed", lambda *given: made.append(given[1:3]) or usual(*given))
-    again = run_bench(small_bench(), file, "command", quiet)
-    assert made == [(small_bench().entries[1], 0.5)]
-    unmeasured = {"seconds", "stages", "bytes"}  # reports hold times, whose digits vary
-    assert [{k: v for k, v in row.items() if k not in unmeasured} for row in again] == [
-        {k: v for k, v in row.items() if k not in unmeasured} for row in whole
-    ]
-    with pytest.raises(RecipeError, match="another bench"):
-        run_bench(small_bench(), file, "another command", quiet)
-    table = markdown(whole, "command")
-    assert f"{whole[0]['perplexity']:.2f} ({whole[0]['kl']:.3f})" in table
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tersely.methods import Method
 from tersely.methods.low_rank.asvd import ChannelScaledSVD
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
-from tersely.stats import AbsMax, AbsMean, Gram, Stats
+from tersely.stats import AbsMax, AbsMean, Cross, Gram, Stats
 
 WHITENED = WhitenedSVD(damping=0.0)
 VARIANTS: dict[str, Method] = {
@@ -28,6 +28,7 @@ VARIANTS: dict[str, Method] = {
     "asvd-max": ChannelScaledSVD(alpha=1.0, scale="max"),
     "svd_llm": WhitenedSVD(),
     "svd_llm-undamped": WHITENED,
+    "svd_llm-updated": WhitenedSVD(update=True),
 }
 SHAPES = {"wide": (10, 24), "tall": (24, 10), "square": (16, 16)}
 
@@ -46,7 +47,7 @@ def correlated(width: int, tokens: int = 300) -> Tensor:
 
 
 def observed(x: Tensor) -> Stats:
-    stats = Stats({kind: kind(x.shape[1]) for kind in (Gram, AbsMean, AbsMax)})
+    stats = Stats({kind: kind(x.shape[1]) for kind in (Gram, Cross, AbsMean, AbsMax)})
     stats.update(x)
     return stats
 
@@ -443,3 +444,90 @@ def test_a_module_owns_its_numbers():
         module.down.weight.zero_()
     assert torch.equal(up, normal(6, 2)) and torch.equal(down, normal(8, 2).T)
     assert module.down.weight.is_contiguous()
+
+
+# --- the update on shifted inputs -------------------------------------------------------------------------------------
+
+
+def shifted_case(shape: tuple[int, int], shift: float = 0.5) -> tuple[Tensor, Tensor, Stats]:
+    """A weight, the inputs that arrive, and statistics of these and of the dense ones."""
+    dense = correlated(shape[1])
+    arriving = dense + shift * dense.roll(3, 1) + shift * normal(*dense.shape, seed=7)
+    stats = Stats({Gram: Gram(shape[1]), Cross: Cross(shape[1])})
+    stats.update(arriving, dense)
+    return normal(*shape), arriving, stats
+
+
+def of_dense(stats: Stats) -> Stats:
+    gram = Gram(1)
+    gram._sum, gram.tokens = stats[Cross].dense() * stats.tokens, stats.tokens
+    return Stats({Gram: gram})
+
+
+@every_shape
+@pytest.mark.parametrize("damping", [0.0, 1e-6, 1e-2])
+@pytest.mark.parametrize("storage", [{}, {"pivot": True}], ids=["factors", "pivoted"])
+def test_the_update_changes_nothing_where_nothing_is_shifted(shape, damping, storage):
+    weight, _, stats = case(shape)
+    largest = min(shape[0] - bool(storage), shape[1])
+    for rank in (1, 3, largest):
+        plain = WhitenedSVD(damping, **storage).compress(weight, stats, rank)
+        updated = WhitenedSVD(damping, **storage, update=True).compress(weight, stats, rank)
+        assert type(updated) is type(plain) and updated.nbytes() == plain.nbytes()
+        assert close(updated.to_dense(), plain.to_dense(), 1e-8 if damping else 1e-6)
+
+
+@every_shape
+@pytest.mark.parametrize("storage", [{}, {"pivot": True}], ids=["factors", "pivoted"])
+@pytest.mark.parametrize("shift", [0.01, 0.5, 5.0])
+def test_the_update_never_raises_the_error_on_the_inputs_that_arrive(shape, storage, shift):
+    """Of all that could stand on the left of the dense rows it is the least-squares solution, over the tokens."""
+    weight, arriving, stats = shifted_case(shape, shift)
+    whole = (arriving @ weight.T).square().sum(-1).mean().item()
+    for rank in (1, 3, 8):
+        rows = WhitenedSVD(0.0).compress(weight, of_dense(stats), rank).to_dense()
+        updated = WhitenedSVD(0.0, update=True, **storage).compress(weight, stats, rank).to_dense()
+        error = output_error(weight, updated, arriving)
+        assert error < output_error(weight, rows, arriving)
+        assert torch.linalg.matrix_rank(updated, rtol=1e-9) == rank
+        _, _, directions = torch.linalg.svd(rows, full_matrices=False)
+        down = directions[:rank]
+        left = torch.linalg.lstsq(arriving @ down.T, arriving @ weight.T).solution.T
+        assert close(updated, left @ down, 1e-8)
+        # and what is fitted to the arriving inputs alone is free to choose its rows too
+        free = WhitenedSVD(0.0).compress(weight, Stats({Gram: stats[Gram]}), rank).to_dense()
+        assert output_error(weight, free, arriving) <= error + 1e-12 * whole
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_the_update_survives_few_silent_and_hugely_scaled_inputs(size, tokens):
+    weight, dense = normal(10, 24), normal(tokens, 24, seed=1) * size
+    for arriving in (dense, torch.zeros_like(dense), dense.flip(1)):
+        stats = Stats({Gram: Gram(24), Cross: Cross(24)})
+        stats.update(arriving, dense)
+        for method in (WhitenedSVD(update=True), WhitenedSVD(0.0, update=True)):
+            made = method.compress(weight * size, stats, 3)
+            assert made.rank == 3
+            assert torch.isfinite(made.to_dense()).all()
+            lost = output_error(weight * size, made.to_dense(), arriving) if tokens else 0.0
+            assert lost <= (1 + 1e-9) * (output_error(weight * size, 0 * weight, arriving) if tokens else 0.0)
+
+
+def test_the_update_may_be_stored_remapped():
+    weight, _, stats = shifted_case((24, 16))
+    exact = WhitenedSVD(update=True).compress(weight, stats, 6)
+    stored = WhitenedSVD(update=True, remap=True).compress(weight, stats, 6)
+    assert stored.nbytes() == WhitenedSVD(remap=True).compress(weight, stats, 6).nbytes()
+    assert close(stored.to_dense().double(), exact.to_dense(), 0.02)
+
+
+def test_the_update_compares_with_the_dense_inputs():
+    assert WhitenedSVD().needs == (Gram,)
+    assert WhitenedSVD(update=True).needs == (Gram, Cross)
+    weight, _, stats = shifted_case((10, 24))
+    # the plan is made of the dense inputs, whatever arrives later
+    updated = WhitenedSVD(update=True).options(weight, stats)
+    plain = WhitenedSVD().options(weight, of_dense(stats))
+    assert [(o.amount, o.nbytes) for o in updated] == [(o.amount, o.nbytes) for o in plain]
+    assert torch.allclose(*(torch.tensor([o.error for o in found], dtype=torch.float64) for found in (updated, plain)))

@@ -20,6 +20,7 @@ from tersely.recipe import (
     Evaluation,
     MethodStep,
     Recipe,
+    Refinement,
     RewriteStep,
     TrainStep,
     parse_size,
@@ -171,11 +172,23 @@ OTHER = {
         "keep": 0.6,
         "bits": 8.0,
         "size": "1GB",
+        "perplexity": 9.0,
+        "refine": Refinement(),
         "base": "n",
         "allocate": "uniform",
         "propagate": "none",
         "on_failure": "dense",
         "options": {"alpha": 0.25},
+    },
+    Refinement: {
+        "epochs": 7,
+        "rate": 0.5,
+        "batch": 3,
+        "decay": 0.5,
+        "held_out": 0.5,
+        "patience": 7,
+        "text": ["wikitext"],
+        "samples": 7,
     },
     RewriteStep: {"rewrite": "smooth", "options": {"strength": 0.25}},
     CacheStep: {
@@ -221,9 +234,13 @@ def test_every_field_changes_the_identity(part, name):
     value = {name: OTHER[part][name]}
     if part is Recipe:
         other = dataclasses.replace(base, **value)
+    elif part is Refinement:
+        base = dataclasses.replace(base, step=[MethodStep("svd", keep=0.5, refine=Refinement())])
+        other = dataclasses.replace(base.step[0], refine=dataclasses.replace(base.step[0].refine, **value))
+        other = dataclasses.replace(base, step=[other])
     elif part in STEP_OF:
         base = dataclasses.replace(base, step=[STEP_OF[part]])
-        budget = {"keep": None} if name in ("bits", "size") and part is MethodStep else {}
+        budget = {"keep": None} if name in ("bits", "size", "perplexity") and part is MethodStep else {}
         other = dataclasses.replace(base, step=[dataclasses.replace(base.step[0], **budget, **value)])
     else:
         inner = part.__name__.lower()
@@ -326,7 +343,7 @@ def test_an_unknown_method_or_allocator_names_the_nearest():
     ],
 )
 def test_a_step_has_one_budget_at_most(budget, came):
-    with pytest.raises(RecipeError, match=rf"'svd': give only one of keep, bits, size \(came: {came}\)"):
+    with pytest.raises(RecipeError, match=rf"'svd': give only one of keep, bits, size, perplexity \(came: {came}\)"):
         recipe(step=budget)
 
 

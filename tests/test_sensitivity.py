@@ -1,5 +1,6 @@
 """What cutting one site does to the model is measured as defined, once, and the model is left as it was."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tersely import journal, sensitivity
-from tersely.allocate import ALLOCATORS, Measures, curve_of
+from tersely import journal, planning, sensitivity
+from tersely.allocate import ALLOCATORS, Measures, Plan, curve_of
 from tersely.anatomy import anatomy_of
 from tersely.calibrate import Blocks
 from tersely.checkpoint import open_source
@@ -28,7 +29,7 @@ from tersely.sensitivity import SKIPPED, TEMPERATURE, WINDOWS, Laboratory
 from tersely.stats import Stats
 from tersely.targets import SiteTarget
 
-MEASURING = sorted(name for name, allocator in ALLOCATORS.items() if allocator.measures is not None)
+MEASURING = sorted(name for name, allocator in ALLOCATORS.items() if allocator.measures in ("similarity", "kl", "loss"))
 
 
 def windows_of(count: int = 5, length: int = 16) -> Tensor:
@@ -226,7 +227,7 @@ def test_stopped_while_measuring_it_goes_on_with_the_next_site(allocate, recipe,
             run(prepare(asked, out))
         except KeyboardInterrupt:
             stops += 1
-    assert stops == len(measured) == len(set(measured)) >= (1 if allocate == "importance" else 14)
+    assert stops == len(measured) == len(set(measured)) >= (1 if ALLOCATORS[allocate].measures == "similarity" else 14)
     for name in ("plan.json", "model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
@@ -246,7 +247,7 @@ def test_another_size_measures_nothing_where_statistics_are_shared(allocate, rec
     second = tmp_path / "second"
     run(prepare(recipe(allocate, keep=0.4), second), statistics=shared)
     assert (second / "plan.json").read_bytes() == (alone / "plan.json").read_bytes()
-    if allocate != "importance":  # another method is another measurement
+    if ALLOCATORS[allocate].measures != "similarity":  # another method is another measurement
         with pytest.raises(AssertionError, match="measured again"):
             run(prepare(recipe(allocate, options={"damping": 0.5}), tmp_path / "third"), statistics=shared)
 
@@ -289,3 +290,136 @@ def test_targets_are_told_apart_by_what_they_are(laboratory):
 
 def test_no_role_is_lost_on_the_way_to_a_curve():
     assert curve_of("site", [], 10, role="mlp.up", tokens=7).role == "mlp.up"
+
+
+# --- a perplexity for a budget ----------------------------------------------------------------------------------------
+
+
+def seeking(recipe: Callable[..., Recipe], ceiling: float, **settings: Any) -> Recipe:
+    return recipe("uniform", keep=None, perplexity=ceiling, **settings)
+
+
+def bytes_of(folder: Path) -> int:
+    (plan,) = json.loads((folder / "plan.json").read_text())["steps"]
+    return int(plan["nbytes"])
+
+
+@pytest.mark.parametrize("ceiling", [1, 0.5, -3, math.nan, math.inf])
+def test_a_perplexity_that_nothing_falls_below_is_refused_at_once(ceiling):
+    with pytest.raises(RecipeError, match=r"perplexity = .* wanted above 1"):
+        MethodStep("svd", perplexity=ceiling)
+
+
+def test_a_perplexity_is_a_budget_of_its_own():
+    with pytest.raises(
+        RecipeError, match=r"only one of keep, bits, size, perplexity \(came: keep = 0.5 and perplexity"
+    ):
+        MethodStep("svd", keep=0.5, perplexity=20)
+    assert MethodStep("svd", perplexity=20).has_budget
+
+
+LEARNING = sorted(name for name, entry in ALLOCATORS.items() if entry.measures in ("gates", "truncation"))
+
+
+@pytest.mark.parametrize("allocate", LEARNING)
+def test_what_is_learned_for_one_size_looks_for_no_perplexity(allocate, recipe, tmp_path):
+    with pytest.raises(RecipeError, match="learns a division of one size"):
+        prepare(recipe(allocate, keep=None, perplexity=80.0), tmp_path / "out")
+
+
+def test_one_below_that_of_the_dense_model_is_refused_with_both(recipe, tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"perplexity 2: the dense model itself has \d+\.\d+ on 4 calibration windows"
+    ):
+        run(prepare(seeking(recipe, 2.0), tmp_path / "out"))
+
+
+def test_the_figure_in_the_report_is_that_of_what_was_written(recipe, model_folder, tmp_path):
+    """Everything is cut on the inputs of the dense model, so with propagate = none the folder is what was measured."""
+    result = run(prepare(seeking(recipe, 1e9), tmp_path / "out"))
+    (row,) = [row for row in result.report.rows if row.name == "calibration perplexity"]
+    windows = prepare(recipe("uniform"), tmp_path / "other").windows.tokens
+    for folder, said in ((tmp_path / "out", row.value), (model_folder(), row.before)):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            logits = model(windows).logits.double()
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+        assert said == pytest.approx(loss.exp().item(), rel=1e-5)
+    assert "4 calibration windows" in row.how
+
+
+def test_another_perplexity_costs_nothing_but_plans_that_are_new(recipe, tmp_path, monkeypatch):
+    shared, usual, asked = tmp_path / "statistics", Laboratory._loss, []
+    monkeypatch.setattr(Laboratory, "_loss", lambda self: asked.append(1) or usual(self))
+    first = run(prepare(seeking(recipe, 1e9), tmp_path / "first"), statistics=shared)
+    (row,) = [row for row in first.report.rows if row.name == "calibration perplexity"]
+    assert 1 < len(asked) <= 1 + math.log2(planning.GRID)
+    del asked[:]
+    run(prepare(seeking(recipe, 1e8), tmp_path / "second"), statistics=shared)
+    assert asked == [], "every plan on the way is known"
+    assert (tmp_path / "second" / "plan.json").read_bytes() == (tmp_path / "first" / "plan.json").read_bytes()
+    run(prepare(seeking(recipe, row.before * 1.000001), tmp_path / "third"), statistics=shared)
+    assert len(asked) < math.log2(planning.GRID), "the first plan is that of half the bytes, whatever was asked for"
+
+
+@pytest.fixture
+def falling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Plans measure 100 - 50 · share of the dense bytes; the bytes of those that were measured."""
+    tried: list[int] = []
+
+    def perplexity(job: Any, blocks: Any, laboratory: Any, plan: Plan) -> float:
+        tried.append(plan.nbytes)
+        return 100 - 50 * (plan.nbytes / plan.dense_bytes if plan.choices else 1.0)
+
+    monkeypatch.setattr(planning, "_perplexity", perplexity)
+    return tried
+
+
+def test_the_smallest_budget_of_the_grid_is_found(recipe, tmp_path, falling):
+    """And a higher ceiling never takes more bytes."""
+    found = []
+    for number, ceiling in enumerate((50.01, 61.0, 75.0, 99.9)):
+        out = tmp_path / str(number)
+        del falling[:]
+        result = run(prepare(seeking(recipe, ceiling), out))
+        (row,) = [row for row in result.report.rows if row.name == "calibration perplexity"]
+        assert row.value < ceiling and row.before == 50
+        assert row.value == pytest.approx(100 - 50 * bytes_of(out) / dense_bytes(out))
+        # the plan next to it was tried too, unless the allocator had none
+        assert all(nbytes >= bytes_of(out) or 100 - 50 * nbytes / dense_bytes(out) >= ceiling for nbytes in falling[1:])
+        found.append(bytes_of(out))
+    assert found == sorted(found, reverse=True) and len(set(found)) == 4
+    with pytest.raises(RecipeError, match="the dense model itself has 50"):
+        run(prepare(seeking(recipe, 50.0), tmp_path / "too low"))
+
+
+def dense_bytes(folder: Path) -> int:
+    (plan,) = json.loads((folder / "plan.json").read_text())["steps"]
+    return int(plan["dense_bytes"])
+
+
+@pytest.mark.parametrize("allocate", ["sensitivity", "lems", "block_influence"])
+def test_allocators_that_measure_divide_for_a_perplexity_too(allocate, recipe, tmp_path, falling):
+    run(prepare(recipe(allocate, keep=None, perplexity=80.0), tmp_path / "out"))
+    assert bytes_of(tmp_path / "out") / dense_bytes(tmp_path / "out") == pytest.approx(0.4, abs=0.05)
+
+
+def test_a_search_that_was_stopped_measures_no_plan_twice(recipe, tmp_path, monkeypatch):
+    usual, measured, asked = journal.commit, [], seeking(recipe, 1e9)
+    run(prepare(asked, tmp_path / "whole"))
+
+    def dying(path: Path, write: Any) -> None:
+        usual(path, write)
+        if path.parent.name == "plans":
+            measured.append(path)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal, "commit", dying)
+    out, stops = tmp_path / "out", 0
+    while not (out / "plan.json").exists() and stops < 40:
+        try:
+            run(prepare(asked, out))
+        except KeyboardInterrupt:
+            stops += 1
+    assert stops == len(measured) == len(set(measured)) > 1
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()

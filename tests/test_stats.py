@@ -7,11 +7,28 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tersely.journal import commit_tensors, read_tensors
-from tersely.stats import STATISTICS, AbsMax, AbsMean, Cross, Fisher, Gram, OutputGram, Power, Statistic, Stats
+from tersely.stats import (
+    STATISTICS,
+    AbsMax,
+    AbsMean,
+    BucketGram,
+    Cross,
+    Fisher,
+    Gram,
+    MeanGradient,
+    OutputGram,
+    Power,
+    Statistic,
+    Stats,
+    WindowFactors,
+)
 
 WIDTH = 7
 
 every_statistic = pytest.mark.parametrize("kind", STATISTICS.values(), ids=STATISTICS)
+ADDED_UP = {name: kind for name, kind in STATISTICS.items() if kind is not BucketGram}
+every_sum = pytest.mark.parametrize("kind", ADDED_UP.values(), ids=ADDED_UP)
+"""Those that do not care where a window ends."""
 
 
 def rows(tokens: int, width: int = WIDTH, seed: int = 0) -> Tensor:
@@ -30,10 +47,13 @@ def by_definition(kind: type[Statistic], x: Tensor) -> Tensor:
     gram = x.T @ x / len(x)
     return {
         Gram: gram,
+        BucketGram: gram,  # of one window
         Cross: gram,  # nothing has been shifted
         OutputGram: gram,  # of gradients in the place of inputs
         Fisher: x.square().mean(0),  # of the rows of a weight's gradient
+        MeanGradient: x.mean(0),  # of the gradient in a weight, one window a row
         Power: x.square().mean(0),
+        WindowFactors: gram,  # of the windows kept, here all of them
         AbsMean: x.abs().mean(0),
         AbsMax: x.abs().amax(0),
     }[kind]
@@ -42,7 +62,7 @@ def by_definition(kind: type[Statistic], x: Tensor) -> Tensor:
 cuts = st.lists(st.integers(0, 40), max_size=5).map(sorted)  # any pieces of 40 rows, empty ones among them
 
 
-@every_statistic
+@every_sum
 @settings(max_examples=30, deadline=None, database=None)
 @given(cuts=cuts)
 def test_pieces_give_what_the_whole_gives(kind, cuts):
@@ -53,7 +73,7 @@ def test_pieces_give_what_the_whole_gives(kind, cuts):
     assert statistic.tokens == 40
 
 
-@every_statistic
+@every_sum
 @settings(max_examples=30, deadline=None, database=None)
 @given(cuts=cuts, order=st.randoms(use_true_random=False))
 def test_merging_is_concatenation_in_any_order(kind, cuts, order):

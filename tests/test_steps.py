@@ -518,7 +518,7 @@ WRONG: list[tuple[str, list[Step], str]] = [
     ("llama", [SMOOTH | {"method": "gptq"}], "step 1: wanted exactly one of method, rewrite, cache, convert, train"),
     ("llama", [SMOOTH, {"method": "smooth"}], "write rewrite = 'smooth'"),
     # budgets
-    ("llama", [{"method": "gptq"}], "could become one of 4 sizes; give one of keep, bits and size"),
+    ("llama", [{"method": "gptq"}], "could become one of 4 sizes; give one of keep, bits, size and perplexity"),
     ("llama", [SVD, {"method": "rtn", "target": ["*.down"]}], "could become one of 4 sizes; give one of keep"),
     ("llama", [GPTQ | {"keep": 0.5, "bits": 4.0}], "give only one of keep, bits, size"),
     ("llama", [{"cache": "latent"}], r"step\.1\.keep: Field required"),

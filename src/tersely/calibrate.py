@@ -24,7 +24,7 @@ from tersely.anatomy import Anatomy, Site
 from tersely.checkpoint import Source, State, fill
 from tersely.errors import NumericalError, RecipeError
 from tersely.journal import commit_tensors, read_tensors
-from tersely.kinds import Made
+from tersely.kinds import Made, SharedLinear, link, orphans, owner_of
 from tersely.recipe import Calibration
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
 from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
@@ -105,18 +105,25 @@ class Replay:
     Stands before block `at`.  Recorded inputs live on the host; only one block and one batch are on the device.
     """
 
-    def __init__(self, source: Source, anatomy: Anatomy, windows: Tensor, device: str) -> None:
+    def __init__(
+        self, source: Source, anatomy: Anatomy, windows: Tensor, device: str, batch: int | None = None
+    ) -> None:
+        """`batch`: windows that run together; by default as many as keep the processor busy."""
         self.at = 0
         self._device = device
         self._anatomy = anatomy
         self._hidden: list[Tensor] = []
         self._calls: list[list[_Call]] = []
-        batch = max(1, TOKENS_AT_ONCE // windows.shape[1])
+        batch = batch or max(1, TOKENS_AT_ONCE // windows.shape[1])
         model = _without_blocks(source, anatomy, device)
         for rows in windows.split(batch):
             hidden, calls = _note(model, anatomy, rows.to(device))
             self._hidden.append(hidden)
             self._calls.append(_shared(calls, self._calls[-1]) if self._calls else calls)
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self._hidden)
 
     def fork(self) -> "Replay":
         """A second stream that stands where this one does and goes its own way."""
@@ -156,9 +163,18 @@ class Replay:
         if advance:
             self.at += 1
 
-    def _run(self, block: nn.Module, batch: int) -> Tensor:
+    def hidden(self, batch: int) -> Tensor:
+        """What the block at `at` reads of one batch: ``[windows, length, width]``, on the host."""
+        return self._hidden[batch]
+
+    def arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the block at `at` is called with for one batch, behind its hidden state."""
         call = self._calls[batch][self.at]
-        out: Tensor = block(self._hidden[batch].to(self._device), *call.arguments, **call.keywords)
+        return call.arguments, call.keywords
+
+    def _run(self, block: nn.Module, batch: int) -> Tensor:
+        arguments, keywords = self.arguments(batch)
+        out: Tensor = block(self._hidden[batch].to(self._device), *arguments, **keywords)
         return out
 
     def _inputs_of(self, block: nn.Module, batch: int, inputs: Mapping[str, tuple[str, Stats]]) -> dict[str, Tensor]:
@@ -191,18 +207,38 @@ class Blocks:
         return self.cut(index, {})
 
     def cut(self, index: int, replaced: Mapping[str, Made]) -> nn.Module:
-        """A block with some modules replaced, by their full names."""
+        """A block with some modules replaced, by their full names.
+
+        Those outside of it matter where it reads a factor that another block owns.
+        """
         prefix = f"{self._anatomy.blocks[index]}."
         block = copy.deepcopy(self._skeleton.get_submodule(prefix[:-1]))
         state = self._source.state(prefix)
         for name, made in replaced.items():
+            if not name.startswith(prefix):
+                continue
             inside = name.removeprefix(prefix)
             block.set_submodule(inside, made.build())
             state = {n: t for n, t in state.items() if not n.startswith(f"{inside}.")}
             state |= {f"{inside}.{part}": tensor for part, tensor in made.state.items()}
         fill(block, state, self._device)
         _buffers_to(block, self._device)
+        link(block, [self._owner(group, replaced) for group in sorted(orphans(block))])
         return block.eval()
+
+    def _owner(self, group: str, replaced: Mapping[str, Made]) -> SharedLinear:
+        """One that stands for the owner of a shared factor in another block, with what was replaced inside of it."""
+        name, module = owner_of(self._skeleton, group)
+        owner, prefix = copy.deepcopy(module), f"{name}."
+        state = self._source.state(prefix)
+        for place, made in replaced.items():
+            if place.startswith(prefix):
+                inside = place.removeprefix(prefix)
+                owner.set_submodule(inside, made.build())
+                state = {n: t for n, t in state.items() if not n.startswith(f"{inside}.")}
+                state |= {f"{inside}.{part}": tensor for part, tensor in made.state.items()}
+        fill(owner, state, self._device)
+        return owner.eval()
 
 
 class StatisticsStore:
@@ -270,7 +306,7 @@ def _watching(block: nn.Module, inputs: Mapping[str, tuple[str, Stats]], dense: 
     one."""
 
     def watch(key: str, stats: Stats) -> Any:
-        return lambda module, arguments: stats.update(arguments[0].flatten(0, -2), dense.get(key))
+        return lambda module, arguments: stats.update(arguments[0], dense.get(key))
 
     hooks = [
         block.get_submodule(path).register_forward_pre_hook(watch(key, stats)) for key, (path, stats) in inputs.items()

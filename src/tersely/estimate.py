@@ -1,11 +1,12 @@
 """What a run would take, from headers alone: bytes, memory, disk, time.
 
 Sizes are exact.  Memory counts what is held at the worst moment: one block and its compressed twin, the hidden states
-of all windows, the statistics of one block, and the largest factorisation.  Time counts floating-point operations and
-divides by what this machine reaches on two small probes, a product and an eigenproblem; expect it within a factor of
-two.
+of all windows, the statistics of one block, and the largest factorisation; beside these the whole model, where it is
+measured or gradients are gathered.  Time counts floating-point operations and divides by what this machine reaches on
+two small probes, a product and an eigenproblem; expect it within a factor of two.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
+from tersely import gradients, planning, sensitivity
 from tersely.anatomy import Site
 from tersely.calibrate import TOKENS_AT_ONCE
-from tersely.prepare import Examined, examine
+from tersely.prepare import Examined, examine, seeks
 from tersely.recipe import CacheStep, MethodStep, Recipe, TrainStep
 from tersely.report.rows import format_value
+from tersely.stats import Statistic, keyed_by
 from tersely.tables import build_allocator
 from tersely.text import window_length
 
@@ -126,7 +129,28 @@ def _memory(recipe: Recipe, found: Examined) -> int:
     work = max(
         DOUBLE * (3 * s.in_features * s.out_features + 3 * min(s.in_features, s.out_features) ** 2) for s in first
     )
-    return PROCESS + outside + 2 * block + stream + grams + max(batch, work)
+    return PROCESS + outside + 2 * block + stream + grams + max(batch, work) + _at_once(recipe, found)
+
+
+def _at_once(recipe: Recipe, found: Examined) -> int:
+    """What is held where the whole model is in memory: to measure it, or for gradients, with the activations of a batch
+    and the statistics of all blocks."""
+    source, step = found.source, recipe.step[0]
+    kinds = {kind for target in found.targets for kind in target.needs if keyed_by(kind) != "input"}
+    measured = isinstance(step, MethodStep | CacheStep) and build_allocator(step.allocate).measures in ("kl", "loss")
+    needed = 0
+    if kinds:
+        sites = _sites(found)
+        gathered = sum(DOUBLE * _numbers(kind, site) for kind in kinds for site in sites)
+        batch = gradients.TOKENS_AT_ONCE * sum(site.in_features + site.out_features for site in sites)
+        needed = source.nbytes() + gathered + batch * source.dtype.itemsize
+    return max(needed, source.nbytes() if measured else 0, 2 * source.nbytes() if seeks(step) else 0)
+
+
+def _numbers(kind: type[Statistic], site: Site) -> int:
+    """In a statistic of the gradients of a site."""
+    of_weight = {"weight": site.in_features, "flat": site.in_features * site.out_features}
+    return of_weight.get(keyed_by(kind), site.out_features**2)
 
 
 def _seconds(recipe: Recipe, found: Examined) -> float:
@@ -144,6 +168,13 @@ def _seconds(recipe: Recipe, found: Examined) -> float:
     inputs = {site.reads: site.in_features for site in sites}
     grams = sum(2.0 * tokens * width**2 for width in inputs.values()) * (1 + needs_curves)
     factorise = sum(_eigen_operations(site) for site in sites) * (1.2 if needs_curves else 1.0)
+    if any(keyed_by(kind) != "input" for target in found.targets for kind in target.needs):
+        forward += 6.0 * tokens * weights  # once forward, and twice as much backward
+    if seeks(step):  # so many plans are made and measured
+        tried = math.log2(planning.GRID)
+        length = window_length(found.source.config, recipe.calibration.length)
+        forward += tried * 2.0 * min(sensitivity.WINDOWS, recipe.calibration.samples) * length * weights
+        factorise += tried * sum(_eigen_operations(site) for site in sites)
     products = _rate(lambda: _product(512), 2.0 * 512**3)
     eigen = _rate(lambda: _eigen(256), EIGH * 256.0**3)
     return (forward + grams) / products + factorise / eigen

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tersely.checkpoint import Edit, Source, State, locate, open_source, write_model
 from tersely.deltas.folder import open_any, outermost
 from tersely.errors import CheckpointError, RecipeError, unknown
-from tersely.kinds import DenseLinear, LinearKind, LowRankLinear, Made, SumLinear, dense_weight
+from tersely.kinds import DenseLinear, LinearKind, LowRankLinear, Made, SumLinear, dense_weight, link
 from tersely.recipe import parse_size, read_recipe
 from tersely.train.peft_format import Update, write_adapter
 
@@ -42,6 +42,7 @@ def _dense(source: Source, destination: Path) -> None:
     """
     places = dict(source.stock_skeleton().named_modules())
     modules = {name: _module(source, name) for name in outermost(source.manifest)}
+    link(nn.ModuleList(modules.values()))
     odd = [name for name, module in modules.items() if not _fits(module, places.get(name))]
     if odd:
         raise CheckpointError(

@@ -113,7 +113,8 @@ def gather(
 
 
 def _width(kind: type[Statistic], site: Site) -> int:
-    return site.out_features if keyed_by(kind) == "output" else site.in_features
+    whole = site.out_features * site.in_features
+    return {"output": site.out_features, "weight": site.in_features, "flat": whole}[keyed_by(kind)]
 
 
 def _add(model: Any, anatomy: Anatomy, stats: dict[str, Stats], rows: Tensor, number: int) -> None:
@@ -170,9 +171,13 @@ def _show(stats: Stats, x: Tensor, gradient: Tensor) -> None:
     for kind in stats.kinds():
         if keyed_by(kind) == "output":
             stats[kind].update(_within_reason(gradient).flatten(0, 1))
-        else:
-            for read, felt in zip(x, gradient, strict=True):
-                stats[kind].update(felt.T @ read)
+            continue
+        for read, felt in zip(x, gradient, strict=True):
+            of_window = felt.T @ read
+            if keyed_by(kind) == "flat":  # of the mean loss, since it is the loss of no window that drifts
+                stats[kind].update(of_window.flatten()[None] / (x.shape[1] - 1))
+            else:
+                stats[kind].update(of_window)
 
 
 def _within_reason(gradient: Tensor) -> Tensor:

@@ -70,13 +70,33 @@ class Job:
         return tuple(target for target in self.targets if target.block == index)
 
     def sites_in_block(self, index: int) -> tuple[Site, ...]:
-        return tuple(site for target in self.in_block(index) for site in target.sites)
+        """Those that some target looks at, the target of a later block too."""
+        return tuple(site for target in self.targets for site in target.sites if site.block == index)
+
+    def awaited(self, index: int) -> set[str]:
+        """The inputs that show up to a block and that a target of a later one asks for."""
+        later = [site for target in self.targets if target.block > index for site in target.sites]
+        return {site.reads for site in later if site.block <= index}
 
 
 def dense_statistics(
     job: Job, blocks: Blocks, needs: Sequence[type[Statistic]], clock: "Clock"
 ) -> Iterator[tuple[int, Mapping[str, Stats]]]:
-    """Statistics of the dense model block by block: from the store where it has them, else by replay (and stored)."""
+    """Statistics of the dense model block by block: from the store where it has them, else by replay (and stored).
+
+    With those of a block come the ones of former blocks that its targets ask for.
+    """
+    held: dict[str, Stats] = {}
+    for index, stats in _of_each_block(job, blocks, needs, clock):
+        yield index, held | dict(stats)
+        awaited = job.awaited(index)
+        held = {key: of_input for key, of_input in (held | dict(stats)).items() if key in awaited}
+        del stats  # before the next block's are gathered
+
+
+def _of_each_block(
+    job: Job, blocks: Blocks, needs: Sequence[type[Statistic]], clock: "Clock"
+) -> Iterator[tuple[int, Mapping[str, Stats]]]:
     count = len(job.anatomy.blocks)
     inputs = of_inputs(needs)
     if not inputs or job.windows is None:

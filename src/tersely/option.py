@@ -14,8 +14,11 @@ class Option:
 
     nbytes: bytes of the site's weight afterwards, bias not counted (of a cache: bytes per token).
     error: predicted mean squared output error per token, in the method's own metric; None where it was not asked for.
+    drift: predicted change of the model's loss, first order in what is removed, in nats per token and signed; None
+    where a method predicts none.
     """
 
     amount: Amount
     nbytes: int
     error: float | None
+    drift: float | None = None

@@ -13,9 +13,9 @@ from tersely.checkpoint import Source
 from tersely.convert import attention_settings
 from tersely.errors import AnatomyError, RecipeError
 from tersely.kinds.attention import LINEARS, Attention
-from tersely.methods import METHODS
+from tersely.methods import METHODS, FormsUnits
 from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
-from tersely.steps.compressing import budget_bytes, targets_of
+from tersely.steps.compressing import budget_bytes, targets_of, units_of
 from tersely.steps.training import settings_of
 from tersely.tables import build_allocator
 
@@ -94,8 +94,9 @@ class Outlook:
             sites = list(self._anatomy.select(step.target))
             leaves = built.leaves
         else:
-            units = self._anatomy.select_units(step.target, built.roles)
-            sites, leaves = [site for unit in units for site in unit.sites.values()], ("dense",)
+            units = units_of(step, built, self._anatomy)
+            sites = [site for unit in units for site in unit.sites.values()]
+            leaves = built.leaves if isinstance(built, FormsUnits) else ("dense",)
         # else nobody knows how many bytes there will be; whether there is a choice of sizes is known
         if not step.has_budget or all(site.name not in self._replaced for site in sites):
             budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)

@@ -58,10 +58,12 @@ def compress(
     keep: float | None = None,
     bits: float | None = None,
     size: int | str | None = None,
+    perplexity: float | None = None,
     base: str | None = None,
     target: Sequence[str] | None = None,
     allocate: str | None = None,
     propagate: str | None = None,
+    refine: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
     calibrate: Sequence[str] = ("stdlib",),
     samples: int = Calibration.samples,
@@ -73,18 +75,22 @@ def compress(
 ) -> Result:
     """Compress a model folder (or hub name) with one method, cache or rewrite into a new folder.
 
-    At most one of `keep` (fraction of the targets' bytes), `bits` (per target weight) and `size` (of the whole folder)
-    is given, none where the method's own fields say how small.  With `base` the difference to that checkpoint is
-    compressed.  `options` are the method's own fields.  Raises TerselyError with nothing written for a bad request.
+    At most one of `keep` (fraction of the targets' bytes), `bits` (per target weight), `size` (of the whole folder) and
+    `perplexity` (of calibration windows, to stay below) is given, none where the method's own fields say how small.
+    With `base` the difference to that checkpoint is compressed.  `refine` holds fields of `Refinement`: every block is
+    then trained towards its dense outputs.  `options` are the method's own fields.  Raises TerselyError with nothing
+    written for a bad request.
     """
     said = {
         "keep": keep,
         "bits": bits,
         "size": size,
+        "perplexity": perplexity,
         "base": base,
         "target": list(target) if target is not None else None,
         "allocate": allocate,
         "propagate": propagate,
+        "refine": None if refine is None else dict(refine),
         "options": dict(options or {}),
     }
     step = plain_step(verb_for(method), method, said)

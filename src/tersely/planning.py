@@ -1,22 +1,50 @@
 """How a budget is divided: the first sweep, which asks every target for its curve, and the allocator.
 
 An allocator that needs no errors works from shapes alone.  One that has the model measured is given a laboratory, in
-which each target is cut alone, and put back.
+which each target is cut alone, and put back.  One that learns walks down the model's loss first (`gating`).
+
+A perplexity may be asked for in the place of a size.  Then the allocator divides one budget after the other, each plan
+is made in the laboratory, all of it on the inputs of the dense model, and calibration windows are read: the smallest
+budget whose plan stays below the asked perplexity is found by bisection.  The budgets come from one grid, the
+`GRID`-th parts of the dense bytes, so that another target meets plans that are measured already.  The perplexity of
+plans that an allocator makes falls with their bytes on the whole, not step by step; what is found is a plan that stays
+below, next to one that does not.
+
+Source: Yuan et al., ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models, 2023,
+section 3.3 (arXiv 2312.05821), for the perplexity as a target.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from tersely.allocate import Choice, Curve, Measures, Plan, curve_of
+from tersely import gating
+from tersely.allocate import Choice, Curve, Measured, Measures, Plan, curve_of
 from tersely.calibrate import Blocks
 from tersely.errors import NumericalError, RecipeError
 from tersely.job import Clock, Job, as_weight, dense_statistics
+from tersely.kinds import Kind
 from tersely.option import Option
 from tersely.sensitivity import Laboratory
 from tersely.stats import Stats
 from tersely.targets import Target
+
+GRID = 512
+"""Budgets among which a perplexity is looked for: nine plans are measured."""
+
+
+@dataclass(frozen=True)
+class Sought:
+    """What was found for a perplexity; all of the calibration windows that the laboratory reads."""
+
+    perplexity: float
+    """Of the plan, everything cut on the inputs of the dense model."""
+    dense_perplexity: float
+    windows: int
+    seconds: dict[str, float]
 
 
 def size_curves(targets: Sequence[Target], itemsize: int) -> list[Curve]:
@@ -32,7 +60,8 @@ def forced(curves: Sequence[Curve]) -> Plan:
     for curve in curves:
         if len(curve.options) > 2:
             raise RecipeError(
-                f"{curve.site} could become one of {len(curve.options) - 1} sizes; give one of keep, bits and size"
+                f"{curve.site} could become one of {len(curve.options) - 1} sizes; give one of keep, bits, size and "
+                "perplexity"
             )
     return Plan(
         sum(curve.options[0].nbytes for curve in curves),
@@ -57,7 +86,82 @@ def make_plan(job: Job, blocks: Blocks, clock: "Clock") -> Plan:
         plan = forced(size_curves(job.targets, itemsize))
         job.journal.write_json("plan.json", plan.to_json())
         return plan
-    laboratory = _laboratory(job)
+    curves, measures = _known(job, blocks, clock, _laboratory(job))
+    with clock("allocate"):
+        plan = job.allocator.divide(curves, job.budget, measures)
+    job.journal.write_json("plan.json", plan.to_json())
+    return plan
+
+
+def seek_plan(job: Job, ceiling: float) -> Sought:
+    """Leave the smallest plan in the journal whose perplexity is below the ceiling.
+
+    Raises RecipeError where that of the dense model is not.
+    """
+    if job.journal.has("sought.json"):  # written after the plan
+        return Sought(**job.journal.read_json("sought.json"))
+    clock, blocks = Clock(), Blocks(job.source, job.anatomy, job.device)
+    laboratory = _laboratory(job) or _open_laboratory(job, "loss")
+    dense = sum(target.dense_bytes(job.source.dtype.itemsize) for target in job.targets)
+    with clock("measure"):
+        of_dense = _perplexity(job, blocks, laboratory, Plan(dense, {}))
+    if of_dense >= ceiling:
+        raise RecipeError(
+            f"perplexity {ceiling:g}: the dense model itself has {of_dense:.4g} on {laboratory.windows} calibration "
+            "windows; ask for more than that"
+        )
+    curves, measures = _known(job, blocks, clock, laboratory)
+    plan, found = job.allocator.divide(curves, dense, measures), of_dense
+    failing, holding = 0, GRID
+    while holding - failing > 1:
+        part = (failing + holding) // 2
+        try:
+            with clock("allocate"):
+                tried = job.allocator.divide(curves, dense * part // GRID, measures)
+        except RecipeError:  # too small for this allocator, which divides the dense bytes as is known by now
+            failing = part
+            continue
+        with clock("measure"):
+            reached = _perplexity(job, blocks, laboratory, tried)
+        if reached < ceiling:
+            holding, plan, found = part, tried, reached
+        else:
+            failing = part
+        job.progress("looking for a perplexity", GRID - (holding - failing) + 1, GRID)
+    job.journal.write_json("plan.json", plan.to_json())
+    sought = Sought(found, of_dense, laboratory.windows, dict(clock.seconds))
+    job.journal.write_json("sought.json", asdict(sought))
+    return sought
+
+
+def _perplexity(job: Job, blocks: Blocks, laboratory: Laboratory, plan: Plan) -> float:
+    """Of the model with all of a plan done to it, on the inputs of the dense model; infinite where it breaks."""
+    cut = [target for target in job.targets if plan.choices and plan.choices[target.name].amount is not None]
+
+    def make() -> dict[str, Kind]:
+        made: dict[str, Kind] = {}
+        chosen = {target.name for target in cut}
+        for index, stats in dense_statistics(job, blocks, job.method_needs, Clock()) if cut else ():
+            for target in job.in_block(index):
+                if target.name not in chosen:
+                    continue
+                try:
+                    made |= laboratory.made(target, stats, plan.choices[target.name].amount)
+                except (NumericalError, torch.linalg.LinAlgError) as error:
+                    if job.on_failure == "raise":
+                        raise NumericalError(f"{target.name}: {error}") from error
+        return made
+
+    loss = laboratory.loss([(target, plan.choices[target.name].amount) for target in cut], job.on_failure, make)
+    return math.inf if loss is None else math.exp(loss)
+
+
+def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | None) -> tuple[list[Curve], Measures]:
+    """What an allocator goes by: the curve of every target, and what it has the model measured for."""
+    itemsize = job.source.dtype.itemsize
+    learns = job.allocator.measures in ("gates", "truncation")
+    if learns:
+        gating.check(job.targets)  # before anything is swept
     harm: dict[str, dict[int, float]] = {}
     if job.allocator.needs_errors:
         curves = []
@@ -80,22 +184,36 @@ def make_plan(job: Job, blocks: Blocks, clock: "Clock") -> Plan:
             job.progress("measuring", index + 1, len(job.anatomy.blocks))
     else:
         curves = size_curves(job.targets, itemsize)
+    learned = {}
+    if learns:
+        with clock("learn"):
+            learned = _learned(job, blocks, curves)
     similarity = {}
     if laboratory is not None and job.allocator.measures == "similarity":
         with clock("measure"):
             of_block = laboratory.similarity(blocks)
         similarity = {target.name: of_block[target.block] for target in job.targets}
-    with clock("allocate"):
-        plan = job.allocator.divide(curves, job.budget, Measures(similarity, harm))
-    job.journal.write_json("plan.json", plan.to_json())
-    return plan
+    return curves, Measures(similarity, harm, learned)
+
+
+def _learned(job: Job, blocks: Blocks, curves: Sequence[Curve]) -> dict[str, float]:
+    """The bytes of every site, learned for the job's budget."""
+    assert job.windows is not None  # the laboratory has refused a job without text
+    what = job.allocator.measures
+    if job.budget is None or what not in ("gates", "truncation"):
+        raise RecipeError("this allocator learns a division of one size; ask for a size, not for a perplexity")
+    asked = gating.Asked(
+        job.source, job.windows, job.device, job.journal, job.store, job.targets, curves, job.budget, job.progress
+    )
+    return gating.learn(asked, what, lambda: dense_statistics(job, blocks, job.method_needs, Clock()))
 
 
 def _laboratory(job: Job) -> Laboratory | None:
     """Where the model is measured, if the allocator asks for that."""
-    measured = job.allocator.measures
-    if measured is None:
-        return None
+    return None if job.allocator.measures is None else _open_laboratory(job, job.allocator.measures)
+
+
+def _open_laboratory(job: Job, measured: Measured) -> Laboratory:
     return Laboratory(job.source, job.anatomy, job.windows, job.device, job.journal, job.store, measured)
 
 
@@ -133,5 +251,5 @@ def _curves(job: Job, index: int, stats: Mapping[str, Stats]) -> dict[str, Any]:
                 raise NumericalError(f"{target.name}: {error}") from error
             options[target.name] = str(error)
             continue
-        options[target.name] = [(o.amount, o.nbytes, o.error) for o in offered]
+        options[target.name] = [(o.amount, o.nbytes, o.error, o.drift) for o in offered]
     return options

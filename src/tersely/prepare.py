@@ -30,7 +30,9 @@ from tersely.errors import CheckpointError, RecipeError, TerselyError
 from tersely.evaluation.perplexity import cut, require_causal
 from tersely.journal import Journal
 from tersely.outlook import Outlook
-from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe, TrainStep
+from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe, Step, TrainStep
+from tersely.refine import Refining
+from tersely.settings import Refinement
 from tersely.steps.compressing import OVERHEAD, OVERHEAD_PER_SITE, base_of, budget_bytes, spills, targets_of
 from tersely.tables import build, build_allocator
 from tersely.targets import Target
@@ -141,7 +143,7 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     journal.check(fresh=fresh)
     found = examine(recipe, journal.renamed)
     _check_evaluation(recipe, tokenizer, found)
-    if any(trained(recipe)):
+    if any(isinstance(step, TrainStep) or seeks(step) for step in recipe.step):
         require_causal(found.source.skeleton())
     windows, warnings = None, list(found.source.warnings())
     first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
@@ -153,7 +155,7 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
         warnings += [w for w in (windows.shortage(widest),) if w]
     texts_of = {
         number: read_windows(
-            replace(recipe.calibration, source=sources, samples=ALL_WINDOWS, order="first"),
+            replace(recipe.calibration, source=sources, **_which_windows(recipe, recipe.step[number])),
             tokenizer,
             config,
             recipe.seed,
@@ -164,8 +166,10 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     }
     for number, text in texts_of.items():
         step = recipe.step[number]
-        assert isinstance(step, TrainStep)  # no other step has texts
-        hold_out(text.tokens, step.held_out)
+        if isinstance(step, TrainStep):
+            hold_out(text.tokens, step.held_out)
+        elif isinstance(step, MethodStep) and step.refine is not None:
+            Refining(step.refine, text.tokens, recipe.seed)
     _check_disk(out, found.disk_bytes)
     digest = found.source.check_weights()
     resolved = _resolved(recipe, found.objects, found.source, windows)
@@ -174,18 +178,35 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     )
 
 
+def _which_windows(recipe: Recipe, step: Step) -> dict[str, Any]:
+    """Of a text to train on: all of them, or for the refinement of blocks, which keeps them in memory, some."""
+    if isinstance(step, MethodStep) and step.refine is not None:
+        return {"samples": step.refine.samples or recipe.calibration.samples}
+    return {"samples": ALL_WINDOWS, "order": "first"}
+
+
 def reads_inputs(recipe: Recipe, objects: Sequence[Any]) -> bool:
-    """Whether a method reads statistics, or an allocator wants the model measured."""
+    """Whether a method reads statistics, an allocator wants the model measured, or blocks are refined behind others."""
     divided = [step.allocate for step in recipe.step if isinstance(step, MethodStep | CacheStep)]
-    return any(getattr(built, "needs", ()) for built in objects) or any(
-        build_allocator(name).measures is not None for name in divided
+    refined = any(isinstance(step, MethodStep) and step.refine is not None for step in recipe.step)
+    return (
+        refined
+        or any(seeks(step) for step in recipe.step)
+        or any(getattr(built, "needs", ()) for built in objects)
+        or any(build_allocator(name).measures is not None for name in divided)
     )
+
+
+def seeks(step: Step) -> bool:
+    """Whether the budget of a step is a perplexity, for which the model is measured."""
+    return isinstance(step, MethodStep) and step.perplexity is not None
 
 
 def trained(recipe: Recipe) -> Iterator[list[str]]:
     """The texts that each step trains on; none for steps that do not train."""
     for step in recipe.step:
-        yield (step.text or recipe.calibration.source) if isinstance(step, TrainStep) else []
+        asked = step.refine if isinstance(step, MethodStep) else step
+        yield (asked.text or recipe.calibration.source) if isinstance(asked, TrainStep | Refinement) else []
 
 
 def disk_needed(recipe: Recipe, source: Source, targets: Sequence[Target]) -> int:
@@ -196,7 +217,8 @@ def disk_needed(recipe: Recipe, source: Source, targets: Sequence[Target]) -> in
     spilled = isinstance(first, MethodStep | CacheStep) and spills(first, targets)
     grams = sum({site.reads: 8 * site.in_features**2 for site in sites}.values()) if spilled else 0
     # the state of the optimiser: the weights it trains, and two moments in float32
-    training = 3 * 4 * sum(source.elements(n) for n in source.stored) if any(trained(recipe)) else 0
+    trains = any(isinstance(step, TrainStep) for step in recipe.step)
+    training = 3 * 4 * sum(source.elements(n) for n in source.stored) if trains else 0
     renamed = source.nbytes() if source.carried_from != source.folder else 0
     steps = len(recipe.step)
     return renamed + steps * (source.nbytes() + touched) + grams + training + OVERHEAD + OVERHEAD_PER_SITE * len(sites)

@@ -30,61 +30,13 @@ import tomli_w
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from tersely.errors import RecipeError, unknown
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The text that shows what inputs look like."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    source: list[str] = field(default_factory=lambda: ["stdlib"])
-    """Texts, as `tersely.text.read_text` takes them; joined by two newlines."""
-
-    samples: int = 128
-    """Windows to observe; the text may hold fewer."""
-
-    length: int | None = None
-    """Tokens in a window; by default the model's training window, else min(2048, its context)."""
-
-    order: Literal["random", "first"] = "random"
-    """Which windows: drawn without replacement by the seed, or the first ones of the text."""
-
-    def __post_init__(self) -> None:
-        if not self.source:
-            raise RecipeError("calibration: an empty list of sources; name at least one text, or stdlib")
-        if self.samples < 1:
-            raise RecipeError(f"calibration: samples = {self.samples}; wanted 1 or more windows")
-        if self.length is not None and self.length < 2:
-            raise RecipeError(f"calibration: length = {self.length}; wanted 2 or more tokens")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the result is measured on, beside the dense model, once it is written; nothing by default."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    text: list[str] = field(default_factory=list)
-    """Texts, as `tersely.text.read_text` takes them, each measured on its own."""
-
-    length: int | None = None
-    """Tokens in a window; by default the model's training window, else min(2048, its context)."""
-
-    windows: int | None = None
-    """Only the first so many windows of each text."""
-
-    def __post_init__(self) -> None:
-        if self.length is not None and self.length < 2:
-            raise RecipeError(f"evaluation: length = {self.length}; wanted 2 or more tokens")
-        if self.windows is not None and self.windows < 1:
-            raise RecipeError(f"evaluation: windows = {self.windows}; wanted 1 or more")
+from tersely.settings import Calibration, Evaluation, Refinement
 
 
 @dataclass(frozen=True)
 class MethodStep:
-    """A method applied to the targets within a budget: one of keep, bits and size, or none where the method's own
-    fields say how small."""
+    """A method applied to the targets within a budget: one of keep, bits, size and perplexity, or none where the
+    method's own fields say how small."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -103,6 +55,10 @@ class MethodStep:
     size: int | str | None = None
     """Bytes of the whole output folder: a number, or "300MB" (MB = 10⁶ bytes)."""
 
+    perplexity: float | None = None
+    """What the perplexity of calibration windows must stay below, everything cut on the inputs of the dense model; the
+    smallest division that does is looked for."""
+
     base: str | None = None
     """A checkpoint of the same architecture: what is compressed is the difference to it, and the output holds no more
     than that."""
@@ -117,11 +73,17 @@ class MethodStep:
     on_failure: Literal["raise", "dense"] = "raise"
     """What to do where a site fails: stop, or leave it dense and report it as degraded."""
 
+    refine: Refinement | None = None
+    """Train each block once it is compressed, norms included, to give back its former output; by default nothing
+    trains."""
+
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own fields; in TOML they stand in the step itself."""
 
     def __post_init__(self) -> None:
-        _check_budget(self.name, {"keep": self.keep, "bits": self.bits, "size": self.size})
+        _check_refinement(self)
+        given = {"keep": self.keep, "bits": self.bits, "size": self.size, "perplexity": self.perplexity}
+        _check_budget(self.name, given)
         _check_target(self.name, self.target)
 
     @property
@@ -130,7 +92,7 @@ class MethodStep:
 
     @property
     def has_budget(self) -> bool:
-        return self.keep is not None or self.bits is not None or self.size is not None
+        return any(given is not None for given in (self.keep, self.bits, self.size, self.perplexity))
 
     @property
     def size_bytes(self) -> int | None:
@@ -419,7 +381,8 @@ def _validated(kind: type[Recipe], plain: dict[str, Any]) -> Recipe:
         parts = [part for part in first["loc"] if part not in STEPS or part in first["loc"][-1:]]
         place = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in parts)
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = {"calibration": Calibration, "evaluation": Evaluation}.get(str(first["loc"][0]), kind)
+            tables = {"calibration": Calibration, "evaluation": Evaluation, "refine": Refinement}
+            known = next((tables[part] for part in first["loc"] if part in tables), kind)
             names = [f.name for f in dataclasses.fields(known)]
             raise RecipeError("recipe: " + unknown("key", str(first["loc"][-1]), names)) from error
         raise RecipeError(f"recipe: {place}: {first['msg']} (came: {first.get('input')!r})") from error
@@ -433,10 +396,27 @@ def _check_budget(name: str, budgets: dict[str, float | int | str | None]) -> No
     for key, value in given.items():
         if key == "keep" and not 0 < float(value) <= 1:
             raise RecipeError(f"step {name!r}: keep = {value}; wanted above 0 and at most 1")
+        if key == "perplexity" and not 1 < float(value) < math.inf:
+            raise RecipeError(f"step {name!r}: perplexity = {value}; wanted above 1, which none falls below")
         if key == "bits" and not 0 < float(value) < math.inf:
             raise RecipeError(f"step {name!r}: bits = {value}; wanted above 0")
         if key == "size" and parse_size(value) <= 0:  # type: ignore[arg-type]
             raise RecipeError(f"step {name!r}: size = {value!r}; wanted above 0 bytes")
+
+
+def _check_refinement(step: MethodStep) -> None:
+    if step.refine is None:
+        return
+    if step.propagate == "none":
+        raise RecipeError(
+            f"step {step.name!r}: refine trains a block on what it reads behind compressed blocks, and with propagate "
+            "= 'none' every target is fitted to the dense model alone; choose block or input"
+        )
+    if step.base is not None:
+        raise RecipeError(
+            f"step {step.name!r}: a difference to a base is stored without the weights that refine would train; leave "
+            "one of the two out"
+        )
 
 
 def _check_target(name: str, target: list[str]) -> None:

@@ -8,7 +8,8 @@ calibration windows, and the target is put back.  What it lost is, in nats per p
             window, where the model still guesses, does not count
     loss    the rise of the mean cross entropy of the next token: the logarithm of the ratio of the perplexities
 
-Losses of single sites do not add up once many are cut; they order sites far better than output errors do.  The
+Losses of single sites do not add up once many are cut; they order sites far better than output errors do.  The loss
+of a model with all of a plan done to it is measured in the same way, for budgets that are perplexities.  The
 similarity of a block's input and output is measured block by block and needs no whole model in memory.
 
 The body of the model runs once for a batch; its head is asked for some positions at a time, for the dense model's
@@ -41,6 +42,7 @@ from tersely.calibrate import TOKENS_AT_ONCE, Blocks, Replay, StatisticsStore
 from tersely.checkpoint import Source, load_with_report
 from tersely.errors import NumericalError, RecipeError
 from tersely.journal import Journal, commit_text
+from tersely.kinds import Kind, link
 from tersely.option import Amount, Option
 from tersely.stats import Stats
 from tersely.targets import Target
@@ -83,6 +85,7 @@ class Laboratory:
         self._journal = journal
         self._shared = store if store is not None and store.shared else None
         self._measured = measured
+        self._identities: dict[str, str] = {}
 
     def similarity(self, blocks: Blocks) -> list[float]:
         """Of every block the mean cosine, over tokens, of what it is given and what it returns."""
@@ -111,18 +114,54 @@ class Laboratory:
 
         return dict(self._remembered(f"harm/{number:05}.json", repr(told), measure))
 
+    @property
+    def windows(self) -> int:
+        """How many are read for a measurement."""
+        return len(self._windows)
+
+    def loss(
+        self, done: Sequence[tuple[Target, Amount]], said: str, make: Callable[[], Mapping[str, nn.Module]]
+    ) -> float | None:
+        """The mean cross entropy of the next token with all of this done to the model, nats; None if it is not finite.
+
+        `make` is asked for the modules where the value is not remembered; `said`: what else they depend on.
+        """
+        told = repr(("plan", WINDOWS, said, [(self._identity(target), amount) for target, amount in done]))
+
+        def measure() -> float | None:
+            with self._replaced(make()):
+                loss = self._loss()
+            return loss if math.isfinite(loss) else None
+
+        unit = f"plans/{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+        found: float | None = self._remembered(unit, told, measure)
+        return found
+
+    def _identity(self, target: Target) -> str:
+        if target.name not in self._identities:
+            self._identities[target.name] = identity(target)
+        return self._identities[target.name]
+
+    def made(self, target: Target, stats: Mapping[str, Stats], amount: Amount) -> dict[str, Kind]:
+        """What a target becomes on statistics of the dense model: modules by their full names."""
+        modules = {site.name: self._model.get_submodule(site.name) for site in target.sites}
+        weights = {s.name: _turned(modules[s.name].weight, s.transposed) for s in target.sites}
+        biases = {s.name: modules[s.name].bias for s in target.sites if s.bias}
+        with torch.no_grad():
+            return target.compress(weights, biases, stats, amount)
+
     def _remembered(self, unit: str, told: str, measure: Callable[[], Any]) -> Any:
         """From the journal, else from the shared store, else by measuring; `told` says what the value depends on."""
         if not self._journal.has(unit):
-            value = None
-            if self._shared is not None:
+            if self._shared is None:
+                self._journal.write_json(unit, measure())
+            else:
                 digest = hashlib.sha256(told.encode()).hexdigest()[:16]
                 place = self._shared.folder / f"measured.{digest}.json"
                 if not place.exists():
                     place.parent.mkdir(parents=True, exist_ok=True)
                     commit_text(place, json.dumps(measure()))
-                value = json.loads(place.read_text(encoding="utf-8"))
-            self._journal.write_json(unit, measure() if value is None else value)
+                self._journal.write_json(unit, json.loads(place.read_text(encoding="utf-8")))
         return self._journal.read_json(unit)
 
     def _similarities(self, blocks: Blocks) -> list[float]:
@@ -167,10 +206,7 @@ class Laboratory:
     def _lost(self, target: Target, stats: Mapping[str, Stats], amount: Amount) -> float:
         # of the dense model, hence before anything is replaced
         dense = self._dense_loss if self._measured == "loss" else self._dense_bodies
-        modules = {site.name: self._model.get_submodule(site.name) for site in target.sites}
-        weights = {s.name: _turned(modules[s.name].weight, s.transposed) for s in target.sites}
-        biases = {s.name: modules[s.name].bias for s in target.sites if s.bias}
-        with self._replaced(target.compress(weights, biases, stats, amount)):
+        with self._replaced(self.made(target, stats, amount)):
             lost = self._loss() - dense if isinstance(dense, float) else self._divergence(dense)
         if not math.isfinite(lost):
             raise NumericalError(f"the model is not finite with {target.name} at {amount}")
@@ -234,6 +270,7 @@ class Laboratory:
         try:
             for name, module in made.items():
                 self._model.set_submodule(name, module.to(self._device).eval())
+            link(self._model)
             yield
         finally:
             for name, module in before.items():

@@ -10,26 +10,30 @@ skips the first sweep.  With ``propagate = "none"`` every target is fitted to th
 observes them, spills the statistics to disk, and the second one reads them.  Gradients of the loss take the whole model
 at once: they are gathered when first asked for, of the dense model whatever is propagated, and kept on disk.
 
+With `refine` every block that was cut is then trained as a whole, towards what it gave before (see `refine`), and the
+streams go on with what came out of that.
+
 Every finished block is a unit of the journal, so that a stopped run loses one block at most.
 """
 
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersely.allocate import Choice, Plan
 from tersely.calibrate import Blocks, Replay, watch_list
 from tersely.checkpoint import State
 from tersely.errors import NumericalError
 from tersely.job import Clock, Job, as_weight, dense_statistics, gradients_of, of_inputs
-from tersely.kinds import Kind, Made
+from tersely.kinds import Kind, Made, link
 from tersely.planning import make_plan
+from tersely.refine import Refined, Refiner, Refining
 from tersely.stats import Cross, Stats
 from tersely.targets import Target
 
@@ -46,20 +50,30 @@ class Outcome:
     done: list[str]
     """Targets that were replaced."""
     errors: dict[str, float | None]
-    """Target → share of its output energy that was lost on the inputs it was fitted to; None where not known."""
+    """Target → share of its output energy that was lost on the inputs it was fitted to; None where not known.  As it
+    was cut, before anything was refined."""
     degraded: dict[str, str]
-    """Target → why it was left dense against the plan."""
+    """Target → why it was left dense against the plan; block → why it was not refined."""
     seconds: dict[str, float] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    """Name of a parameter outside of what was replaced → its numbers after refinement."""
+    refined: dict[str, Refined] = field(default_factory=dict)
+    """Block → what its refinement did."""
 
 
-def compress(job: Job) -> Outcome:
-    """Run both sweeps; goes on where an interrupted run of the same journal stopped."""
+def compress(job: Job, refining: Refining | None = None) -> Outcome:
+    """Run both sweeps; goes on where an interrupted run of the same journal stopped.
+
+    `refining`: how to train the blocks that were cut; with ``propagate = "none"`` there is nothing to train them on.
+    """
     clock = Clock()
     blocks = Blocks(job.source, job.anatomy, job.device)
     plan = make_plan(job, blocks, clock)
     outcome = Outcome(plan, {}, [], {}, {})
-    for index, unit in _compressed_blocks(job, blocks, plan, clock):
+    for index, unit in _compressed_blocks(job, blocks, plan, clock, refining):
         outcome.replaced |= unit.replaced
+        outcome.trained |= unit.trained
+        outcome.refined |= unit.refined
         outcome.done += unit.done
         outcome.errors |= unit.errors
         outcome.degraded |= unit.degraded
@@ -83,9 +97,31 @@ class _Unit:
     done: list[str] = field(default_factory=list)
     errors: dict[str, float | None] = field(default_factory=dict)
     degraded: dict[str, str] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    refined: dict[str, Refined] = field(default_factory=dict)
 
 
-def _compressed_blocks(job: Job, blocks: Blocks, plan: Plan, clock: "Clock") -> Iterator[tuple[int, _Unit]]:
+@dataclass
+class _Streams:
+    """What flows through the blocks during the second sweep."""
+
+    shifted: Replay
+    """Behind compressed blocks."""
+    dense: Replay | None
+    """For methods that compare with what the dense model reads."""
+    refiner: Refiner | None
+
+    def advance(self, cut: nn.Module, dense: nn.Module) -> None:
+        self.shifted.observe(cut, {}, advance=True)
+        if self.dense is not None:
+            self.dense.observe(dense, {}, advance=True)
+        if self.refiner is not None:
+            self.refiner.advance(cut, dense)
+
+
+def _compressed_blocks(
+    job: Job, blocks: Blocks, plan: Plan, clock: "Clock", refining: Refining | None
+) -> Iterator[tuple[int, _Unit]]:
     count = len(job.anatomy.blocks)
     finished = [_read_unit(job, index) for index in range(count)]
     if all(finished) or job.windows is None or job.propagate == "none":
@@ -98,16 +134,25 @@ def _compressed_blocks(job: Job, blocks: Blocks, plan: Plan, clock: "Clock") -> 
         return
     with clock("replay"):
         replay = Replay(job.source, job.anatomy, job.windows, job.device)
-        # methods that compare with what the dense model reads get its stream alongside
-        beside = replay.fork() if Cross in job.needs else None
+        refiner = None if refining is None else Refiner(refining, job.source, job.anatomy, job.device, job.progress)
+        streams = _Streams(replay, replay.fork() if Cross in job.needs else None, refiner)
+    earlier: dict[str, Made] = {}  # what owns factors that later blocks share
     for index, done in enumerate(finished):
-        unit = done or _cut_in_stream(job, blocks, index, replay, beside, plan, clock)
+        unit = done or _cut_in_stream(job, blocks, index, earlier, streams, plan, clock)
         yield index, unit
         if index + 1 < count:
             with clock("replay"):
-                replay.observe(blocks.cut(index, unit.replaced), {}, advance=True)
-                if beside is not None:
-                    beside.observe(blocks.dense(index), {}, advance=True)
+                streams.advance(_as_cut(job, blocks, index, earlier, unit), blocks.dense(index))
+            earlier |= unit.replaced
+
+
+def _as_cut(job: Job, blocks: Blocks, index: int, earlier: Mapping[str, Made], unit: _Unit) -> nn.Module:
+    """A finished block."""
+    block = blocks.cut(index, {**earlier, **unit.replaced})
+    prefix = f"{job.anatomy.blocks[index]}."
+    trained = {name.removeprefix(prefix): tensor.to(job.device) for name, tensor in unit.trained.items()}
+    block.load_state_dict(trained, strict=False, assign=True)
+    return block
 
 
 def _cut_at_once(
@@ -122,7 +167,13 @@ def _cut_at_once(
 
 
 def _cut_in_stream(
-    job: Job, blocks: Blocks, index: int, replay: Replay, dense: Replay | None, plan: Plan, clock: "Clock"
+    job: Job,
+    blocks: Blocks,
+    index: int,
+    earlier: Mapping[str, Made],
+    streams: _Streams,
+    plan: Plan,
+    clock: "Clock",
 ) -> _Unit:
     """Compress a block on the inputs that come out of the compressed blocks before it.
 
@@ -130,9 +181,9 @@ def _cut_in_stream(
     block whose earlier groups are cut already.
     """
     unit = _Unit()
-    block = blocks.dense(index)
+    block = blocks.cut(index, earlier)
     gradients = gradients_of(job, index, clock)
-    beside = None if dense is None else (dense, blocks.dense(index))
+    beside = None if streams.dense is None else (streams.dense, blocks.dense(index))
     targets = job.in_block(index)
     groups: list[tuple[Target, ...]] = [targets] if targets else []
     if job.propagate == "input":
@@ -143,12 +194,40 @@ def _cut_in_stream(
         sites = [site for target in group for site in target.sites]
         watched = watch_list(job.anatomy, index, sites, of_inputs(job.needs), job.device)
         with clock("replay"):
-            replay.observe(block, watched, advance=False, beside=beside)
+            streams.shifted.observe(block, watched, advance=False, beside=beside)
         stats = {key: of_input for key, (_, of_input) in watched.items()} | gradients
         with clock("factorise"):
             for target in group:
                 _cut(job, block, target, stats, plan.choices[target.name], unit)
+    if streams.refiner is not None and unit.done:
+        with clock("refine"):
+            _refine(job, index, block, blocks.dense(index), streams.refiner, unit)
     return _commit_unit(job, index, unit)
+
+
+def _refine(job: Job, index: int, block: nn.Module, dense: nn.Module, refiner: Refiner, unit: _Unit) -> None:
+    """Train a block that was cut, and note the numbers that this changed."""
+    path = job.anatomy.blocks[index]
+    try:
+        refined = refiner.refine(block, dense)
+    except NumericalError as error:
+        if job.on_failure == "raise":
+            raise NumericalError(f"{path} while it is refined: {error}") from error
+        unit.degraded[path] = f"not refined: {error}"
+        return
+    unit.refined[path] = refined
+    if refined.kept == 0:  # as it was cut
+        return
+    unit.replaced = {name: Made.of(_kind(block, name.removeprefix(f"{path}."))) for name in unit.replaced}
+    inside = tuple(f"{name}." for name in unit.replaced)
+    parameters = {f"{path}.{name}": parameter.detach().cpu() for name, parameter in block.named_parameters()}
+    unit.trained = {name: tensor for name, tensor in parameters.items() if not name.startswith(inside)}
+
+
+def _kind(block: nn.Module, path: str) -> Kind:
+    module = block.get_submodule(path)
+    assert isinstance(module, Kind)  # what `_cut` has put there
+    return module
 
 
 def _cut(job: Job, block: nn.Module, target: Target, stats: Mapping[str, Stats], choice: Choice, unit: _Unit) -> None:
@@ -157,7 +236,13 @@ def _cut(job: Job, block: nn.Module, target: Target, stats: Mapping[str, Stats],
         unit.errors[target.name] = 0.0
         return
     prefix = f"{job.anatomy.blocks[target.block]}."
-    states = {site.name: block.get_submodule(site.name.removeprefix(prefix)).state_dict() for site in target.sites}
+    states = {
+        # a block before has not changed: whoever cuts several blocks at once observes the dense model
+        site.name: block.get_submodule(site.name.removeprefix(prefix)).state_dict()
+        if site.block == target.block
+        else {part: tensor.to(job.device) for part, tensor in job.source.state(f"{site.name}.").items()}
+        for site in target.sites
+    }
     weights = {site.name: as_weight(states[site.name]["weight"], site) for site in target.sites}
     biases = {site.name: states[site.name]["bias"] for site in target.sites if site.bias}
     try:
@@ -174,7 +259,9 @@ def _cut(job: Job, block: nn.Module, target: Target, stats: Mapping[str, Stats],
     unit.done.append(target.name)
     for name, kind in made.items():
         unit.replaced[name] = Made.of(kind)
-        block.set_submodule(name.removeprefix(prefix), kind)
+        if name.startswith(prefix):
+            block.set_submodule(name.removeprefix(prefix), kind)
+    link(block)
 
 
 def _check_finite(kind: Kind, name: str) -> None:
@@ -186,12 +273,14 @@ def _check_finite(kind: Kind, name: str) -> None:
 def _commit_unit(job: Job, index: int, unit: _Unit) -> _Unit:
     """Write a finished block, and hand it back as it lies on disk: memory holds one block, not all of them."""
     tensors = {f"{name}.{part}": t for name, made in unit.replaced.items() for part, t in made.state.items()}
-    job.journal.write_tensors(f"blocks/{index:04}.safetensors", tensors)
+    job.journal.write_tensors(f"blocks/{index:04}.safetensors", tensors | unit.trained)
     plain = {
         "specs": {name: made.specs for name, made in unit.replaced.items()},
         "done": unit.done,
         "errors": unit.errors,
         "degraded": unit.degraded,
+        "trained": list(unit.trained),
+        "refined": {path: asdict(refined) for path, refined in unit.refined.items()},
     }
     job.journal.write_json(f"blocks/{index:04}.json", plain)
     return _read_unit(job, index) or unit
@@ -202,9 +291,11 @@ def _read_unit(job: Job, index: int) -> _Unit | None:
         return None
     plain: dict[str, Any] = job.journal.read_json(f"blocks/{index:04}.json")
     tensors = job.journal.read_tensors(f"blocks/{index:04}.safetensors")
+    trained = {name: tensors.pop(name) for name in plain["trained"]}
+    refined = {path: Refined(**figures) for path, figures in plain["refined"].items()}
     states: dict[str, State] = defaultdict(dict)
     for name, tensor in tensors.items():
         place = max((p for p in plain["specs"] if name.startswith(f"{p}.")), key=len)
         states[place][name.removeprefix(f"{place}.")] = tensor
     replaced = {name: Made(specs, states[name]) for name, specs in plain["specs"].items()}
-    return _Unit(replaced, plain["done"], plain["errors"], plain["degraded"])
+    return _Unit(replaced, plain["done"], plain["errors"], plain["degraded"], trained, refined)

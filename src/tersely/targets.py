@@ -60,6 +60,11 @@ class Target(ABC):
         return None
 
     @property
+    def spans_blocks(self) -> bool:
+        """Whether it has sites before its `block`, the last one that it touches."""
+        return any(site.block != self.block for site in self.sites)
+
+    @property
     def elements(self) -> int:
         """Weights that the sites consist of."""
         return sum(site.out_features * site.in_features for site in self.sites)
@@ -119,14 +124,12 @@ class SiteTarget(Target):
         observed, kind = stats.get(self.site.reads, Stats()), made[self.name]
         if Gram not in observed or not isinstance(kind, LinearKind):
             return None
-        gram = observed[Gram].mean()
-        if Cross in observed and self.base is None:
-            return _anchored_error(self._weight(weights).double(), kind.to_dense().double(), gram, observed[Cross])
-        weight = self._weight(weights).double()
-        stands_for = kind.to_dense().double()
-        difference = weight - (stands_for if self.base is None else stands_for - self.base.double())
-        energy = ((weight @ gram) * weight).sum().item()
-        return ((difference @ gram) * difference).sum().item() / energy if energy > 0 else 0.0
+        weight, stands_for = self._weight(weights).double(), kind.to_dense().double()
+        if self.base is None:
+            lost, energy = _lost(weight, stands_for, observed)
+        else:
+            lost, energy = _lost_of(weight, stands_for - self.base.double(), observed[Gram].mean())
+        return lost / energy if energy > 0 else 0.0
 
     def _weight(self, weights: Weights) -> Tensor:
         weight = weights[self.name]
@@ -192,11 +195,37 @@ class UnitTarget(OfUnit):
         return {self.unit.sites[role].name if role else self.unit.module: kind for role, kind in made.items()}
 
 
-def _anchored_error(weight: Tensor, compressed: Tensor, gram: Tensor, cross: Cross) -> float:
+@dataclass(frozen=True)
+class GroupTarget(UnitTarget):
+    """Linears that read alike, each of which stays a linear of its shape; perhaps in several blocks."""
+
+    def error(self, weights: Weights, made: Mapping[str, Kind], stats: Mapping[str, Stats]) -> float | None:
+        """What all of them lose together, over what all of them say; see `SiteTarget.error`."""
+        lost, energy = 0.0, 0.0
+        for site in self.sites:
+            observed, kind = stats.get(site.reads, Stats()), made[site.name]
+            if Gram not in observed or not isinstance(kind, LinearKind):
+                return None
+            of_site = _lost(weights[site.name].double(), kind.to_dense().double(), observed)
+            lost, energy = lost + of_site[0], energy + of_site[1]
+        return lost / energy if energy > 0 else 0.0
+
+
+def _lost(weight: Tensor, compressed: Tensor, observed: Stats) -> tuple[float, float]:
+    """E‖W x - W' x‖² and E‖W x‖²; with the cross moment E‖W x - W' x̂‖², both float64."""
+    gram = observed[Gram].mean()
+    if Cross not in observed:
+        return _lost_of(weight, compressed, gram)
+    cross = observed[Cross]
     energy = ((weight @ cross.dense()) * weight).sum().item()
     shared = ((weight @ cross.mean()) * compressed).sum().item()
     own = ((compressed @ gram) * compressed).sum().item()
-    return max(energy - 2 * shared + own, 0.0) / energy if energy > 0 else 0.0
+    return max(energy - 2 * shared + own, 0.0), energy
+
+
+def _lost_of(weight: Tensor, compressed: Tensor, gram: Tensor) -> tuple[float, float]:
+    difference = weight - compressed
+    return ((difference @ gram) * difference).sum().item(), ((weight @ gram) * weight).sum().item()
 
 
 def by_role(unit: Unit, tensors: Weights) -> dict[str, Tensor]:

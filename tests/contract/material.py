@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from families import tiny_config, tiny_model
-from tersely.anatomy import Unit, anatomy_of
+from tersely.anatomy import Unit, anatomy_of, depth_units, reading_units
 from tersely.kinds import Kind, Made
 from tersely.option import Option
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
@@ -84,13 +84,18 @@ POOR = tuple(name for name in INPUTS if name not in TELLING)
 
 
 def observed(
-    needs: Sequence[type[Statistic]], x: Tensor, of_outputs: Tensor | None = None, of_weight: Tensor | None = None
+    needs: Sequence[type[Statistic]],
+    x: Tensor,
+    of_outputs: Tensor | None = None,
+    of_weight: Tensor | None = None,
+    flat: Tensor | None = None,
 ) -> Stats:
     """Exactly the statistics that were asked for: whoever reads another one gets an error.
 
-    x: tokens of the input; the others are gradients of the loss in the outputs, and in rows of the weight.
+    x: tokens of the input; the others are gradients of the loss in the outputs, in rows of the weight, and in all of
+    it, one window a row.
     """
-    rows = {"input": x, "output": of_outputs, "weight": of_weight}
+    rows = {"input": x, "output": of_outputs, "weight": of_weight, "flat": flat}
     found = {}
     for kind in needs:
         shown = rows[keyed_by(kind)]
@@ -102,7 +107,7 @@ def observed(
 
 def seen_by(shape: tuple[int, int], needs: Sequence[type[Statistic]], look: Callable[[int], Tensor]) -> Stats:
     """What a weight of a shape (out, in) is shown, all of it made by one function of a width."""
-    return observed(needs, look(shape[1]), look(shape[0]), look(shape[1]))
+    return observed(needs, look(shape[1]), look(shape[0]), look(shape[1]), look(shape[0] * shape[1]))
 
 
 def variants(table: Mapping[str, type]) -> dict[str, Any]:
@@ -121,7 +126,8 @@ def variants(table: Mapping[str, type]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Scene:
-    """The first attention, or the first MLP, of a tiny model in float64, and what its linears read."""
+    """The first attention of a tiny model in float64, or its first MLP, or the first linears that read alike, and what
+    they read."""
 
     model: PreTrainedModel
     unit: Unit
@@ -161,7 +167,10 @@ def scene(model_name: str, role: str) -> Scene:
     for name, value in changes.items():
         setattr(config, name, value)
     model = tiny_model(family, config=config).double()
-    unit = next(unit for unit in anatomy_of(model).units if unit.role == role)
+    anatomy = anatomy_of(model)
+    words = {site.role.rpartition(".")[2] for site in anatomy.sites}
+    units = (*anatomy.units, *reading_units(anatomy.sites), *depth_units(anatomy.sites, 2, words))
+    unit = next(unit for unit in units if unit.role == role)
     inputs: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(site.name).register_forward_pre_hook(

@@ -128,7 +128,7 @@ def test_it_says_what_it_needs_in_words_of_the_contract(step):
     _, name, entry = step
     assert set(getattr(entry(), "needs", ())) <= set(STATISTICS.values()), "calibration cannot gather that"
     if hasattr(entry, "roles"):
-        assert entry.roles and set(entry.roles) <= {"attention", "mlp"}
+        assert entry.roles and set(entry.roles) <= {"attention", "mlp", "reads", "depth"}
     if name in METHODS:
         assert isinstance(entry.leaves, tuple) and all(isinstance(leaf, str) for leaf in entry.leaves)
 

@@ -29,9 +29,12 @@ from tersely.kinds import (
     LowRankLinear,
     PivotedLinear,
     QuantizedLinear,
+    RemappedLinear,
+    SharedLinear,
     SumLinear,
     build,
     manifest_of,
+    shared_from_factors,
 )
 from tersely.kinds.attention import PositionTables, linear_of
 from tersely.linalg.grid import Grid, fit_grid
@@ -74,6 +77,23 @@ def pivoted_integers(model: PreTrainedModel, linear: nn.Module) -> PivotedLinear
     return made
 
 
+def remapped(model: PreTrainedModel, linear: nn.Module, rank: int = 5) -> RemappedLinear:
+    return RemappedLinear.of(linear.weight.detach(), normal(linear.weight.shape[0], rank, dtype=linear.weight.dtype))
+
+
+def shared(model: PreTrainedModel, linear: nn.Module, *, pivot: bool = False) -> SharedLinear:
+    """The owner of a factor whose other member is not in the model."""
+    rows, columns = linear.weight.shape
+    ups = {UP: normal(rows, 5).to(linear.weight), "elsewhere": normal(7, 5, seed=1).to(linear.weight)}
+    return shared_from_factors(ups, normal(5, columns, seed=2).to(linear.weight), pivot=pivot)[UP]
+
+
+def shared_integers(model: PreTrainedModel, linear: nn.Module) -> SharedLinear:
+    made = shared(model, linear, pivot=True)
+    made.down, made.rest = quantized(made.down, 3), quantized(made.rest, 8)
+    return made
+
+
 def attention(model: PreTrainedModel, module: nn.Module, *, latent: bool = False, series: bool = False) -> Attention:
     unit = next(unit for unit in anatomy_of(model).units if unit.module == ATTENTION)
     settings = attention_settings(model, unit)
@@ -110,6 +130,15 @@ EXAMPLES: dict[str, tuple[str, dict[str, Make]]] = {
             "8 bits": lambda model, linear: quantized(linear, 8),
             "3 bits in groups": lambda model, linear: quantized(linear, 3, 7, "symmetric"),
             "rounded input": rounding_its_input,
+        },
+    ),
+    "remapped": (UP, {"plain": remapped, "full rank": lambda model, linear: remapped(model, linear, 24)}),
+    "shared": (
+        UP,
+        {
+            "owner": shared,
+            "pivoted": lambda model, linear: shared(model, linear, pivot=True),
+            "of integers": shared_integers,
         },
     ),
     "sum": (

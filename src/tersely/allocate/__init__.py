@@ -6,6 +6,7 @@ site dense, so that no factorisation larger than what it replaces can ever be ch
 allocator declares, and the runner measures it.
 """
 
+from tersely.allocate.balance import zero_sum
 from tersely.allocate.base import (
     POINTS,
     UNMEASURED,
@@ -18,16 +19,38 @@ from tersely.allocate.base import (
     Spectrum,
     curve_of,
 )
+from tersely.allocate.learned import learned
 from tersely.allocate.optimum import STATES, greedy, knapsack, lems, lems_probe, total
 from tersely.allocate.search import ratio_probes, sensitivity
-from tersely.allocate.shares import effective_rank, importance, svd_llm_v2, uniform
+from tersely.allocate.shares import block_influence, effective_rank, importance, svd_llm_v2, uniform
 
 ALLOCATORS: dict[str, Allocator] = {
+    "block_influence": Allocator(
+        block_influence,
+        False,
+        "blocks that change little of what they are given lose more, by a softmax (MoDeGPT)",
+        "Lin et al., 2024, MoDeGPT: Modular Decomposition (arXiv 2408.09632)",
+        measures="similarity",
+    ),
+    "dobi": Allocator(
+        learned,
+        False,
+        "ranks learned by gradient descent through truncated outputs (Dobi-SVD)",
+        "Wang et al., 2025, Dobi-SVD: Differentiable SVD for LLM Compression (arXiv 2502.02723)",
+        measures="truncation",
+    ),
     "effective_rank": Allocator(
         effective_rank,
         True,
         "ranks grow with the root of a site's effective rank over the bytes of a rank (D-Rank)",
         "Mi et al., 2025, Layer-wise dynamic rank for compressing large language models (arXiv 2509.25622)",
+    ),
+    "gates": Allocator(
+        learned,
+        True,
+        "ranks learned by gradient descent through gates in the method's own factors",
+        "Wang et al., 2025, Dobi-SVD: Differentiable SVD for LLM Compression (arXiv 2502.02723)",
+        measures="gates",
     ),
     "greedy": Allocator(
         greedy, True, "bytes go where they avoid most of the predicted output error that can be avoided"
@@ -74,6 +97,13 @@ ALLOCATORS: dict[str, Allocator] = {
         "Pisinger, 1995, A minimal algorithm for the multiple-choice knapsack problem",
     ),
     "uniform": Allocator(uniform, False, "the same share of bytes for every site"),
+    "zero_sum": Allocator(
+        zero_sum,
+        True,
+        "components go so that predicted rises and falls of the loss cancel (ZS-SVD); for zs_svd",
+        "Abbasi et al., 2026, Zero Sum SVD: Balancing Loss Sensitivity (arXiv 2602.02848)",
+        needs_drift=True,
+    ),
 }
 
 __all__ = [
@@ -88,15 +118,18 @@ __all__ = [
     "Measures",
     "Plan",
     "Spectrum",
+    "block_influence",
     "curve_of",
     "effective_rank",
     "greedy",
     "importance",
     "knapsack",
+    "learned",
     "lems",
     "lems_probe",
     "ratio_probes",
     "sensitivity",
     "svd_llm_v2",
     "uniform",
+    "zero_sum",
 ]

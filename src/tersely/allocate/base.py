@@ -45,6 +45,9 @@ class Curve:
     """Errors are means over so many tokens; 1 where no text was read."""
     spectrum: Spectrum | None = None
     """None where errors or options are missing."""
+    costly: tuple[Option, ...] = ()
+    """Options that take no less than the dense weight, where drifts are known: nobody chooses them, but a site whose
+    components are dropped one by one passes through them."""
 
     def relative(self, option: Option) -> float | None:
         """Share of the site's output energy that an option loses, 0 to 1."""
@@ -102,12 +105,15 @@ class Measures:
     """Site → mean cosine of what its block is given and what it returns."""
     harm: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     """Site → bytes of an option → nats that the model loses when this is done to the site and to nothing else."""
+    learned: Mapping[str, float] = field(default_factory=dict)
+    """Site → bytes that gradient descent on the whole model gave it, for one budget."""
 
 
 UNMEASURED = Measures()
 
-Measured = Literal["similarity", "kl", "loss"]
-"""`Measures.similarity`; or `Measures.harm`, as divergence from the dense model or as rise of the mean loss."""
+Measured = Literal["similarity", "kl", "loss", "gates", "truncation"]
+"""`Measures.similarity`; or `Measures.harm`, as divergence from the dense model or as rise of the mean loss; or
+`Measures.learned`, with gates in the method's factors or on truncated outputs."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,8 @@ class Allocator:
     """What the runner has to measure; None for nothing."""
     probes: Callable[[Curve], Sequence[Option]] | None = None
     """The options of a curve at which harm is measured."""
+    needs_drift: bool = False
+    """Whether the curves must predict drifts as well, which few methods do."""
 
     def divide(self, curves: Sequence[Curve], budget: int, measures: Measures = UNMEASURED) -> Plan:
         """A plan of `budget` bytes at most.  Raises RecipeError where there is none."""
@@ -135,12 +143,18 @@ def curve_of(site: str, options: Iterable[Option], dense_bytes: int, *, role: st
     useful = [o for o in everything if o.amount != 0 and o.nbytes < dense_bytes]
     if any(o.error is None for o in everything):
         return Curve(site, dense_bytes, energy, (*useful, Option(None, dense_bytes, None)), role, tokens)
-    useful = undominated(useful)
-    if len(useful) > POINTS:
-        step = (len(useful) - 1) / (POINTS - 1)
-        useful = [useful[round(i * step)] for i in range(POINTS)]
-    options = (*useful, Option(None, dense_bytes, 0.0))
-    return Curve(site, dense_bytes, energy, options, role, tokens, _spectrum(everything, energy))
+    drifts = all(o.drift is not None for o in everything)
+    costly = _thinned([o for o in everything if o.nbytes >= dense_bytes]) if drifts else []
+    options = (*_thinned(undominated(useful)), Option(None, dense_bytes, 0.0, 0.0 if drifts else None))
+    return Curve(site, dense_bytes, energy, options, role, tokens, _spectrum(everything, energy), tuple(costly))
+
+
+def _thinned(options: list[Option]) -> list[Option]:
+    """`POINTS` of them at most, evenly spread.  What they predict is of all that is dropped, so none of it is lost."""
+    if len(options) <= POINTS:
+        return options
+    step = (len(options) - 1) / (POINTS - 1)
+    return [options[round(i * step)] for i in range(POINTS)]
 
 
 def undominated(options: Iterable[Option]) -> list[Option]:

@@ -6,8 +6,9 @@ it there, and a site that does not occur is left dense.  The longer the suffix, 
 fits is found by bisection.
 
 Departures: the smallest option of a site is measured beside the ratios 0.1 to 0.9, so that every budget that can be met
-is met.  The paper's other target, a perplexity instead of a size, is none of this tool's budgets.  Without
-measurements, the loss as `greedy` predicts it stands in; the authors' code has such a mode as well, with another proxy.
+is met.  The paper's other target, a perplexity instead of a size, is a budget of every allocator (see `planning`).
+Without measurements, the loss as `greedy` predicts it stands in; the authors' code has such a mode as well, with
+another proxy.
 
 Source: Yuan et al., ASVD: Activation-aware Singular Value Decomposition for Compressing Large Language Models, 2023,
 section 3.3 (arXiv 2312.05821).

@@ -8,6 +8,7 @@ got goes to the others.  More bytes never take anything away from a site.
     svd_llm_v2       within a role a site loses by 1 / log(1 + L), with L the output error at the uniform share
     effective_rank   a site's rank is the square root of (effective rank / bytes of a rank)
     importance       half of everyone's share is sure, half goes by how much a block changes what it is given
+    block_influence  a site loses by exp(-s / ε), with s how much its block changes what it is given
 
 `svd_llm_v2`: the paper's 1 / log L needs L > 1; with log(1 + L) nothing needs to be so, and where it is large, as it
 is for a norm over all tokens, the two agree.  Errors are means over tokens and are multiplied by their number.  The
@@ -25,10 +26,17 @@ does not exist for a W that is not square.  Ours is 1 minus the cosine of what a
 all sites of the block: of a block with a residual path, the cosine itself is largest where the block does least, and
 calls the first block the least important, which the paper finds to be the most important one of every model.
 
+`block_influence`: minimises Σ s φ + ε Σ φ log φ over shares φ that are removed, at a given mean: φ = L φ̄ softmax(-s/ε)
+over L blocks, with s = 1 minus the cosine of what a block is given and what it returns.  Blocks that do little lose
+more; the larger ε, the more alike all are.  The paper chooses ε for every model; `EPSILON` is ours.  No site loses more
+than `MOST` while another can still give; what that cap holds back is shared out in the same proportion.  Means are
+weighted with bytes.
+
 Source: Wang et al., SVD-LLM V2: Optimizing Singular Value Truncation for Large Language Model Compression, 2025
 (arXiv 2503.12340).
 Source: Mi et al., Layer-wise dynamic rank for compressing large language models, 2025 (arXiv 2509.25622).
 Source: Li et al., AdaSVD: Adaptive Singular Value Decomposition for Large Language Models, 2025 (arXiv 2502.01403).
+Source: Lin et al., MoDeGPT: Modular Decomposition for Large Language Model Compression, 2024 (arXiv 2408.09632).
 """
 
 import math
@@ -38,6 +46,12 @@ from itertools import groupby
 from tersely.allocate.base import Curve, Measures, Plan, error_of, neediest, too_small
 from tersely.errors import RecipeError
 from tersely.option import Option
+
+EPSILON = 0.1
+"""Of `block_influence`: the difference in s at which one block loses e times as much as another."""
+
+MOST = 0.8
+"""Of `block_influence`: the largest share that a site loses while others can still give."""
 
 
 def uniform(curves: Sequence[Curve], budget: int) -> Plan:
@@ -99,15 +113,35 @@ def importance(curves: Sequence[Curve], budget: int, measures: Measures) -> Plan
     return _in_proportion(curves, budget, [c.dense_bytes * (1 + i) / 2 for c, i in zip(curves, relative, strict=True)])
 
 
+def block_influence(curves: Sequence[Curve], budget: int, measures: Measures) -> Plan:
+    """What is removed goes by exp(-s / ε), no site losing more than `MOST` unless the budget leaves no other choice."""
+    _require_room(curves, budget)
+    done = [1 - measures.similarity[curve.site] if measures.similarity else 0.0 for curve in curves]
+    # relative to the block that does least, so that nothing overflows
+    steadiness = [math.exp((s - min(done)) / EPSILON) for s in done]
+    # all sites reach the cap at the same level, below every level above it
+    first = MOST * max(steadiness)
+
+    def level(site: int, option: Option) -> float:
+        removed = 1 - option.nbytes / curves[site].dense_bytes
+        return -removed * steadiness[site] if removed < MOST else -first * (1 + removed - MOST)
+
+    return Plan.of(curves, _risen(curves, budget, level), budget)
+
+
 def _in_proportion(curves: Sequence[Curve], budget: int, widths: Sequence[float]) -> Plan:
     """Bytes in proportion to `widths`, as far as the options of a site go."""
+    _require_room(curves, budget)
+    risen = _risen(curves, budget, lambda site, o: o.nbytes / widths[site] if widths[site] > 0 else math.inf)
+    return Plan.of(curves, risen, budget)
+
+
+def _require_room(curves: Sequence[Curve], budget: int) -> None:
     smallest = sum(curve.options[0].nbytes for curve in curves)
     if smallest > budget:
         came = f"a total budget of {budget} bytes where the smallest plan takes {smallest}"
         least = smallest / sum(curve.dense_bytes for curve in curves)
         raise RecipeError(too_small(neediest(curves), came, least))
-    risen = _risen(curves, budget, lambda site, o: o.nbytes / widths[site] if widths[site] > 0 else math.inf)
-    return Plan.of(curves, risen, budget)
 
 
 def _risen(curves: Sequence[Curve], budget: int, level: Callable[[int, Option], float]) -> list[Option]:

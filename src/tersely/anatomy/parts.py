@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tersely.anatomy.families import FAMILIES, FUSED, LINEARS, POST_NORM, READS, SAME_INPUT, Family
 from tersely.errors import AnatomyError, unknown
+from tersely.kinds import SharedLinear
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ class Unit:
     """Coupled linears of a block that can only be made narrower together: its attention or its MLP.
 
     `sites` maps the last word of the role (q, k, v, o, or gate, up, down, or a fused name) to the linear.  `module` is
-    the path of the attention module, "" for an MLP; `heads` is None for an MLP.
+    the path of the attention module, "" for an MLP; `heads` is None for an MLP.  For linears that may share a factor
+    (roles reads and depth), see `groups`.
     """
 
     name: str
@@ -413,7 +415,8 @@ def _parts_below(module: nn.Module, name: str, role: str, block: int, reads: str
     """The module at a declared path, if it is a linear; else the linears of what has taken its place.
 
     Of the children of a replacement some read what the replaced linear read (`SAME_INPUT`, and the numbered terms of a
-    sum).  What the others read is not known here (`up` reads the output of `down`), so each has an input of its own.
+    sum).  What the others read is not known here (`up` reads the output of `down`), so each has an input of its own;
+    but those of linears that share a factor, and the input, all read its product.
     """
     if isinstance(module, LINEARS):
         rows, columns = _shape(module)
@@ -426,6 +429,8 @@ def _parts_below(module: nn.Module, name: str, role: str, block: int, reads: str
     for child, part in children:
         same = child in SAME_INPUT or child.isdecimal()
         reads_below = reads if same else f"{reads}:{role}.{child}"
+        if isinstance(module, SharedLinear) and module.same_input and not same:
+            reads_below = f"{reads}:{module.group}"
         yield from _parts_below(part, f"{name}.{child}", f"{role}.{child}", block, reads_below)
 
 

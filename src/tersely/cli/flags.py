@@ -10,6 +10,9 @@ Method = Annotated[str | None, typer.Option(help="Name of a method, as `tersely 
 Keep = Annotated[float | None, typer.Option(help="Bytes of the touched weights, as a fraction of before.")]
 Bits = Annotated[float | None, typer.Option(help="Bits per touched weight, metadata included.")]
 Size = Annotated[str | None, typer.Option(help="Bytes of the whole output folder, such as 300MB.")]
+Perplexity = Annotated[
+    float | None, typer.Option(help="The perplexity of calibration windows to stay below, as small as that allows.")
+]
 Calibrate = Annotated[
     list[str] | None, typer.Option(help="Calibration texts: files, .jsonl, datasets names, or stdlib.", metavar="TEXT…")
 ]

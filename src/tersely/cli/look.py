@@ -18,6 +18,7 @@ from tersely.cli.flags import (
     Length,
     Method,
     Model,
+    Perplexity,
     Revision,
     Samples,
     Seed,
@@ -52,6 +53,7 @@ def plan(
     keep: Keep = None,
     bits: Bits = None,
     size: Size = None,
+    perplexity: Perplexity = None,
     target: Target = None,
     calibrate: Calibrate = None,
     samples: Samples = None,
@@ -70,11 +72,13 @@ def plan(
     from tersely.tables import verb_for
 
     fixed = any(setting.startswith("width") for setting in settings or [])
-    if keep is None and bits is None and size is None and not fixed and verb_for(method or "") in ("method", "cache"):
-        keep = 0.8
+    budget = {"keep": keep, "bits": bits, "size": size, "perplexity": perplexity}
+    free = all(given is None for given in budget.values()) and not fixed
+    if free and verb_for(method or "") in ("method", "cache"):
+        budget["keep"] = 0.8
     asked = Asked(
         model=model,
-        step={"method": method, "keep": keep, "bits": bits, "size": size, "target": target},
+        step={"method": method, **budget, "target": target},
         settings=settings,
         calibration={"source": calibrate, "samples": samples, "length": length},
         evaluate=None,

@@ -22,6 +22,7 @@ from tersely.cli.flags import (
     Method,
     Order,
     Out,
+    Perplexity,
     RecipeFile,
     Revision,
     Samples,
@@ -62,6 +63,7 @@ def compress(
     keep: Keep = None,
     bits: Bits = None,
     size: Size = None,
+    perplexity: Perplexity = None,
     base: Annotated[
         str | None, typer.Option(help="Compress the difference to this checkpoint.", metavar="MODEL")
     ] = None,
@@ -84,7 +86,8 @@ def compress(
 ) -> None:
     """Compress MODEL into OUT with one method, or with the steps of a recipe."""
     use_threads(threads)
-    step = {"method": method, "keep": keep, "bits": bits, "size": size, "base": base, "target": target}
+    budget = {"keep": keep, "bits": bits, "size": size, "perplexity": perplexity}
+    step = {"method": method, **budget, "base": base, "target": target}
     calibration = {"source": calibrate, "samples": samples, "length": length, "order": order}
     top = {"seed": seed, "device": device, "dtype": dtype, "revision": revision}
     asked = Asked(_given(model, out), step, settings, calibration, evaluate, top, trust_remote_code, recipe)

@@ -10,22 +10,29 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tersely.evaluation.agreement import Agreement, measure_agreement, require_comparable
-from tersely.evaluation.memory import folder_bytes, parameter_count, peak_memory
+from tersely.evaluation.memory import Peak, folder_bytes, parameter_count, peak_memory, peak_within
+from tersely.evaluation.paired import Paired, paired, paired_over
 from tersely.evaluation.perplexity import (
     Progress,
     Protocol,
+    Recalled,
     Windows,
     cut,
     measure_perplexity,
+    perplexity_of,
     require_causal,
+    window_losses,
 )
 from tersely.evaluation.speed import Rate, Speed, measure_speed
 from tersely.text import read_text
 
 __all__ = [
     "Agreement",
+    "Paired",
+    "Peak",
     "Protocol",
     "Rate",
+    "Recalled",
     "Speed",
     "Windows",
     "cut",
@@ -34,8 +41,13 @@ __all__ = [
     "measure_agreement",
     "measure_perplexity",
     "measure_speed",
+    "paired",
+    "paired_over",
     "parameter_count",
     "peak_memory",
+    "peak_within",
+    "perplexity_of",
+    "window_losses",
 ]
 
 

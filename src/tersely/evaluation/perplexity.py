@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +49,9 @@ Figures = Callable[
     Sequence[Float[Tensor, "windows positions"]],
 ]
 """From the log-probabilities of every model and the tokens that came: figures of each position."""
+
+Recalled = dict[int, list[object]]
+"""First window of a batch → what the body of a model says about the batch: its hidden states, for all positions."""
 
 TOKENS_PER_BATCH = 4096
 # Over all models together.  With their log-softmax beside them, 64 M numbers: 256 MB in float32.
@@ -97,6 +101,12 @@ class Windows:
     def predicted(self) -> int:
         """Predictions in all windows."""
         return self.length - 1 + (len(self) - 1) * self.new
+
+    def predictions(self) -> Float[Tensor, " windows"]:
+        """Predictions in each window; equal in all of them unless they overlap."""
+        counts = torch.full((len(self),), float(self.new), dtype=torch.float64)
+        counts[0] = self.length - 1
+        return counts
 
     def batches(self) -> Iterator[tuple[range, range]]:
         """Numbers of windows, and the positions in them (of 0 to `length` - 1) whose tokens are predicted."""
@@ -190,8 +200,23 @@ def loss_of(
     return -log_probabilities.gather(-1, tokens[..., None]).squeeze(-1)
 
 
+def window_losses(
+    model: PreTrainedModel, windows: Windows, progress: Progress | None = None
+) -> Float[Tensor, " windows"]:
+    """The mean loss of each window in nats per predicted position, float64: what `paired` compares models by.
+
+    Weighted by `Windows.predictions`, their mean is the logarithm of the perplexity that `measure_perplexity` gives.
+    Raises as `measure_perplexity` does.
+    """
+    return _sums_by_window([model], windows, _only_loss, progress)[0] / windows.predictions()
+
+
 def mean_over_positions(
-    models: Sequence[PreTrainedModel], windows: Windows, figures: Figures, progress: Progress | None = None
+    models: Sequence[PreTrainedModel],
+    windows: Windows,
+    figures: Figures,
+    progress: Progress | None = None,
+    recalled: Sequence[Recalled | None] = (),
 ) -> list[float]:
     """Show all windows to all models, once, and average what `figures` says about each predicted position.
 
@@ -199,9 +224,23 @@ def mean_over_positions(
     the device of the first) and the tokens that came, for some positions of some windows at a time.  The models are
     left as they were.
 
+    `recalled` holds for each model what its body has said about these very windows before, as far as it has, and is
+    filled where it has not; None for a model that is not asked again.
+
     Raises RecipeError for a model that predicts no next token, NumericalError, which names the window, for a logit or a
     figure that is not finite.
     """
+    return (_sums_by_window(models, windows, figures, progress, recalled).sum(1) / windows.predicted).tolist()
+
+
+def _sums_by_window(
+    models: Sequence[PreTrainedModel],
+    windows: Windows,
+    figures: Figures,
+    progress: Progress | None,
+    recalled: Sequence[Recalled | None] = (),
+) -> Float[Tensor, "figures windows"]:
+    """Sums over the predicted positions of each window, float64, on the CPU."""
     for model in models:
         require_causal(model)
     sums: list[Tensor] = []
@@ -209,10 +248,11 @@ def mean_over_positions(
         for model in models:
             stack.enter_context(undisturbed(model))
         for numbers, positions in windows.batches():
-            sums.append(_sum_over_batch(models, windows, numbers, positions, figures))
+            known = [None if kept is None else kept.setdefault(numbers.start, []) for kept in recalled]
+            sums.append(_sums_of_batch(models, windows, numbers, positions, figures, known))
             if progress is not None:
                 progress(f"windows of {windows.text.source}", numbers.stop, len(windows))
-    return (torch.stack(sums).sum(0) / windows.predicted).tolist()
+    return torch.cat(sums, dim=1)
 
 
 def require_causal(model: PreTrainedModel) -> None:
@@ -252,17 +292,18 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def body_runs_once(model: PreTrainedModel) -> Iterator[None]:
+def body_runs_once(model: PreTrainedModel, remembered: list[object] | None = None) -> Iterator[None]:
     """Within, the body of the model computes its output on the first call and repeats it on every later one.
 
     A second call of the model thus costs its head only, with all that its family does there (scaled or capped logits).
+    `remembered` holds that output already, or is empty and will hold it.
     """
     body = model.get_decoder()
     if body is model:  # no body to tell from the head: every call is a whole one
         yield
         return
     forward, shadowed = body.forward, vars(body).get("forward")
-    remembered: list[object] = []
+    remembered = [] if remembered is None else remembered
 
     def first_answer(*arguments: object, **named: object) -> object:
         if not remembered:
@@ -285,16 +326,20 @@ def _only_loss(
     return (loss_of(log_probabilities[0], tokens),)
 
 
-def _sum_over_batch(
-    models: Sequence[PreTrainedModel], windows: Windows, numbers: range, positions: range, figures: Figures
-) -> Float[Tensor, " figures"]:
-    """Sums over the predicted positions of some windows, float64, on the CPU."""
+def _sums_of_batch(
+    models: Sequence[PreTrainedModel],
+    windows: Windows,
+    numbers: range,
+    positions: range,
+    figures: Figures,
+    known: Sequence[list[object] | None],
+) -> Float[Tensor, "figures windows"]:
     tokens = windows.tokens(numbers)
     step = max(1, LOGITS_AT_ONCE // (len(models) * len(numbers) * vocabulary_size(models[0].config)))
     sums: list[Tensor] = []
     with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(body_runs_once(model))
+        for model, remembered in zip_longest(models, known):
+            stack.enter_context(body_runs_once(model, remembered))
         for start in range(positions.start, positions.stop, step):
             piece = range(start, min(start + step, positions.stop))
             log_probabilities = [_log_probabilities(model, tokens, piece, windows, numbers) for model in models]
@@ -303,7 +348,7 @@ def _sum_over_batch(
             said = figures([one.to(device) for one in log_probabilities], targets)
             values = torch.stack([figure.double() for figure in said])
             _require_finite(values.isfinite().all(0).all(-1), windows, numbers, "a loss")
-            sums.append(values.sum((1, 2)).cpu())
+            sums.append(values.sum(2).cpu())
     return torch.stack(sums).sum(0)
 
 
@@ -319,9 +364,9 @@ def _log_probabilities(
             f"{type(model).__name__} gave logits of {logits.shape[1]} positions where {len(positions)} were asked for; "
             "its family does not know `logits_to_keep`, without which memory is not bounded"
         )
-    # both ends are finite exactly if all is: NaN propagates to them, and no mask of the logits' size is needed
-    low, high = logits.flatten(1).aminmax(dim=1)
-    _require_finite(low.isfinite() & high.isfinite(), windows, numbers, f"a logit of {type(model).__name__}")
+    # a sum is finite only if all its terms are: no mask of the logits' size is needed
+    total = logits.sum((1, 2), dtype=torch.promote_types(logits.dtype, torch.float32))
+    _require_finite(total.isfinite(), windows, numbers, f"a logit of {type(model).__name__}")
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 

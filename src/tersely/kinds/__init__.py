@@ -13,6 +13,8 @@ from tersely.kinds.dense import DenseLinear
 from tersely.kinds.low_rank import LowRankLinear
 from tersely.kinds.pivoted import PivotedLinear
 from tersely.kinds.quantized import QuantizedLinear
+from tersely.kinds.remapped import RemappedLinear
+from tersely.kinds.shared import SharedLinear, link, orphans, owner_of, shared_bytes, shared_from_factors
 from tersely.kinds.sum import SumLinear
 
 KINDS: dict[str, type[Kind]] = {
@@ -21,6 +23,8 @@ KINDS: dict[str, type[Kind]] = {
     "low_rank": LowRankLinear,
     "pivoted": PivotedLinear,
     "quantized": QuantizedLinear,
+    "remapped": RemappedLinear,
+    "shared": SharedLinear,
     "sum": SumLinear,
 }
 
@@ -46,10 +50,10 @@ class Made:
         return Made(specs, inside)
 
     def build(self) -> Kind:
-        """The module on the meta device, waiting for its numbers."""
+        """The module on the meta device, waiting for its numbers; members of a shared factor wait for `link` too."""
         with torch.device("meta"):
             module = build(self.specs[""])
-            replace_modules(module, {path: spec for path, spec in self.specs.items() if path})
+            _place(module, {path: spec for path, spec in self.specs.items() if path})
         return module
 
 
@@ -64,7 +68,13 @@ def build(spec: Spec) -> Kind:
 
 
 def replace_modules(model: nn.Module, manifest: Mapping[str, Spec]) -> None:
-    """Put the modules of a manifest in their places.  Outer names come first, since kinds nest."""
+    """Put the modules of a manifest in their places, and link them."""
+    _place(model, manifest)
+    link(model)
+
+
+def _place(model: nn.Module, manifest: Mapping[str, Spec]) -> None:
+    """Outer names come first, since kinds nest."""
     for name in sorted(manifest, key=lambda name: name.count(".")):
         try:
             model.set_submodule(name, build(manifest[name]))
@@ -87,10 +97,17 @@ __all__ = [
     "Made",
     "PivotedLinear",
     "QuantizedLinear",
+    "RemappedLinear",
+    "SharedLinear",
     "Spec",
     "SumLinear",
     "build",
     "dense_weight",
+    "link",
     "manifest_of",
+    "orphans",
+    "owner_of",
     "replace_modules",
+    "shared_bytes",
+    "shared_from_factors",
 ]

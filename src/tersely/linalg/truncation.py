@@ -32,15 +32,18 @@ class OutputBasis:
     that a truncation would mostly throw away.
     """
 
-    energy: Float[Tensor, " k"]
-    vectors: Float[Tensor, "k k"] | None  # V, or U itself for a weight that is not tall; None if not asked for
+    energy: Float[Tensor, " known"]
+    vectors: Float[Tensor, "k known"] | None  # V, or U itself for a weight that is not tall; None if not asked for
     core: Float[Tensor, "k in"]  # R, or W itself
     reflectors: tuple[Float[Tensor, "out in"], Float[Tensor, " in"]] | None
+    behind: float = 0.0
+    """Energy beyond the known ones, of a basis that holds the leading vectors only (see `linalg.randomised`)."""
 
-    def left_over(self) -> Float[Tensor, " k_plus_one"]:
-        """Error left at rank 0, 1, ..., k, in the unit of `energy`.  Summed from the small end, where accuracy is."""
+    def left_over(self) -> Float[Tensor, " known_plus_one"]:
+        """Error left at rank 0, 1, ..., as many as are known, in the unit of `energy`.  Summed from the small end,
+        where accuracy is."""
         tail = self.energy.flip(0).cumsum(0).flip(0)
-        return torch.cat([tail, tail.new_zeros(1)])
+        return torch.cat([tail, tail.new_zeros(1)]) + self.behind
 
     def factors(self, rank: int) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(up, down) with up · down = U_r U_rᵀ W, balanced: column i of `up` has the norm of row i of `down`.

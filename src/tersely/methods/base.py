@@ -7,6 +7,7 @@ print nothing and draw no global random numbers.
 
 A unit method may ask for more than a stock attention can run: heads of another width, or pairs of positions left out.
 It then is a `RebuildsAttention` as well, and is told what that attention does before it is asked anything about it.
+One that treats other sets of linears than attention and MLP `FormsUnits` itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
-from tersely.anatomy import Unit
+from tersely.anatomy import Site, Unit
 from tersely.kinds import Kind, LinearKind
 from tersely.kinds.attention import AttentionSettings
 from tersely.option import Amount, Option
@@ -57,7 +58,7 @@ class UnitMethod(Protocol):
     summary: ClassVar[str]
 
     roles: ClassVar[tuple[str, ...]]
-    """The units that it treats: attention, mlp."""
+    """The units that it treats: attention, mlp; reads, depth of those that form their own."""
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]: ...
@@ -89,3 +90,15 @@ class RebuildsAttention(Protocol):
 
     def for_attention(self, attention: AttentionSettings) -> UnitMethod:
         """The method for attention that does this; it is never asked about an attention without it."""
+
+
+@runtime_checkable
+class FormsUnits(UnitMethod, Protocol):
+    """A unit method that says itself which of the chosen linears it treats together.  Each of them becomes a linear
+    kind of the same shape."""
+
+    leaves: ClassVar[tuple[str, ...]]
+    """As of a `Method`."""
+
+    def units(self, sites: Sequence[Site]) -> Sequence[Unit]:
+        """All of the sites that it can treat, each in one unit, in order of execution."""

@@ -43,10 +43,10 @@ class PairedStatistic(Protocol):
     def update_pair(self, x: Float[Tensor, "tokens width"], dense: Float[Tensor, "tokens width"]) -> None: ...
 
 
-Keyed = Literal["input", "output", "weight"]
+Keyed = Literal["input", "output", "weight", "flat"]
 """What the rows of a statistic are: tokens of an input, found under `Site.reads`; gradients of the loss in the output
-of a linear, token by token; the rows of the gradient in its weight, one window after the other.  The latter two are
-found under the name of the linear."""
+of a linear, token by token; the rows of the gradient in its weight, one window after the other; that gradient as one
+row, window by window.  All but the first are found under the name of the linear."""
 
 
 def keyed_by(kind: type[Statistic]) -> Keyed:
@@ -56,7 +56,7 @@ def keyed_by(kind: type[Statistic]) -> Keyed:
 
 
 S = TypeVar("S", bound=Statistic)
-_OF = {"input": "input", "output": "linear", "weight": "linear"}
+_OF = {"input": "input", "output": "linear", "weight": "linear", "flat": "linear"}
 
 
 class Stats:
@@ -79,14 +79,22 @@ class Stats:
     def kinds(self) -> tuple[type[Statistic], ...]:
         return tuple(self._of)
 
-    def update(self, x: Float[Tensor, "tokens width"], dense: Float[Tensor, "tokens width"] | None = None) -> None:
-        """Add the rows of `x`.  `dense`: what the dense model reads in their place, for statistics that compare the
-        two; without it nothing has been shifted."""
+    def update(
+        self,
+        x: Float[Tensor, "*windows tokens width"],
+        dense: Float[Tensor, "*rows width"] | None = None,
+    ) -> None:
+        """Add the rows of `x`, window by window where a statistic says that it counts windows.  `dense`: what the dense
+        model reads in their place, for statistics that compare the two; without it nothing has been shifted."""
+        rows, windows = x.reshape(-1, x.shape[-1]), x[None] if x.ndim == 2 else x.flatten(0, -3)
         for accumulator in self._of.values():
-            if dense is not None and isinstance(accumulator, PairedStatistic):
-                accumulator.update_pair(x, dense)
+            if getattr(accumulator, "by_window", False):
+                for window in windows:
+                    accumulator.update(window)
+            elif dense is not None and isinstance(accumulator, PairedStatistic):
+                accumulator.update_pair(rows, dense.reshape(-1, dense.shape[-1]))
             else:
-                accumulator.update(x)
+                accumulator.update(rows)
 
     def __or__(self, other: "Stats") -> "Stats":
         """What either holds, the very same accumulators."""

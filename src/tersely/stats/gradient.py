@@ -11,11 +11,18 @@ so these two expectations are what is gathered, the second one as its mean over 
 input channel.  The square of a gradient that is summed over a batch is something else, and much of it cancels; hence
 one window at a time.
 
+To first order the same change moves the loss by ⟨E[D], Δ⟩, up or down.  On the text that a model was trained on that is
+nearly nothing for every Δ; over a few windows of it, or on another text, it is not.
+
 Source: Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, 2015, section 3
 (arXiv 1503.05671).
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tersely.stats.base import Keyed
 from tersely.stats.channel import Power
@@ -32,3 +39,33 @@ class Fisher(Power):
     """Mean square of the gradient in a weight per input channel, ``[in]``, over its rows and over windows."""
 
     keyed: ClassVar[Keyed] = "weight"
+
+
+class MeanGradient:
+    """E[D] / (tokens that a window predicts), the gradient of the mean loss: ``[out * in]``, a weight row by row."""
+
+    keyed: ClassVar[Keyed] = "flat"
+
+    def __init__(self, width: int, device: str = "cpu") -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def update(self, x: Float[Tensor, "windows width"]) -> None:
+        self._sum += x.sum(0, dtype=torch.float64)
+        self.tokens += x.shape[0]
+
+    def merge(self, other: Self) -> None:
+        self._sum += other._sum.to(self._sum.device)
+        self.tokens += other.tokens
+
+    def mean(self) -> Float[Tensor, " width"]:
+        return self._sum / max(self.tokens, 1)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sum": self._sum, "tokens": torch.tensor(self.tokens)}
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> Self:
+        gradient = cls(0)
+        gradient._sum, gradient.tokens = state["sum"].clone(), int(state["tokens"])
+        return gradient

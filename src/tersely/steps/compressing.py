@@ -1,7 +1,8 @@
 """Steps with a budget: methods on linears, on units, and caches.  The work is that of the sweeps."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from fractions import Fraction
 from typing import Any
 
@@ -14,14 +15,16 @@ from tersely.convert import AttentionSettings, attention_settings, norm_tensors
 from tersely.deltas.folder import check_pair, open_any
 from tersely.errors import AnatomyError, RecipeError
 from tersely.job import Job
-from tersely.methods import METHODS, RebuildsAttention
-from tersely.planning import forced, size_curves
+from tersely.methods import METHODS, FormsUnits, RebuildsAttention, UnitMethod
+from tersely.planning import Sought, forced, seek_plan, size_curves
 from tersely.recipe import CacheStep, MethodStep, Step
+from tersely.refine import Refining
 from tersely.report.rows import Row, SiteRow
+from tersely.stats import MeanGradient
 from tersely.steps.scene import Done, Scene
 from tersely.sweeps import Outcome, compress
 from tersely.tables import build, build_allocator
-from tersely.targets import CacheTarget, SiteTarget, Target, UnitTarget
+from tersely.targets import CacheTarget, GroupTarget, SiteTarget, Target, UnitTarget
 
 # What a folder holds beside the weights, for budgets of the whole folder: headers, manifest and reports, from above.
 OVERHEAD, OVERHEAD_PER_SITE = 60_000, 2_000
@@ -44,17 +47,33 @@ def run(step: MethodStep | CacheStep, scene: Scene) -> Done:
         store=_store(step, targets, scene),
         progress=scene.progress,
     )
-    outcome = compress(job)
+    sought = None
+    if isinstance(step, MethodStep) and step.perplexity is not None:
+        sought = seek_plan(job, step.perplexity)
+    outcome = compress(job, _refining(step, scene))
     return Done(
-        edit=Edit(replaced=outcome.replaced),
+        edit=Edit(replaced=outcome.replaced, changed=outcome.trained),
         touched=tuple(dict.fromkeys(site.name for target in targets for site in target.sites)),
         rows=_rows(job, outcome, scene.number, step.name),
         plan=json.loads(outcome.plan.to_json()),
         degraded=outcome.degraded,
-        seconds=outcome.seconds,
-        sizes=[_per_token(job, outcome)] if isinstance(step, CacheStep) else [],
+        seconds=_sum(outcome.seconds, sought.seconds if sought else {}),
+        sizes=[_per_token(job, outcome)] if isinstance(step, CacheStep) else [_found(sought)] if sought else [],
+        figures={"refined": {path: asdict(one) for path, one in outcome.refined.items()}} if outcome.refined else {},
         base=base,
     )
+
+
+def _sum(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    return {stage: first.get(stage, 0.0) + second.get(stage, 0.0) for stage in dict.fromkeys([*first, *second])}
+
+
+def _refining(step: MethodStep | CacheStep, scene: Scene) -> Refining | None:
+    if not isinstance(step, MethodStep) or step.refine is None:
+        return None
+    if scene.text is None:
+        raise RecipeError("a step that refines needs text")
+    return Refining(step.refine, scene.text, scene.seed)
 
 
 def base_of(step: Step, source: Source) -> Source | None:
@@ -84,12 +103,34 @@ def targets_of(
         bases = {} if base is None else {s.name: base.tensor(f"{s.name}.weight") for s in sites}
         turned = {s.name: bases[s.name].T if s.transposed else bases[s.name] for s in sites if s.name in bases}
         return tuple(SiteTarget(site, built, turned.get(site.name)) for site in sites)
-    units = anatomy.select_units(step.target, built.roles)
+    units = units_of(step, built, anatomy)
     if isinstance(built, RebuildsAttention) and any(unit.role == "attention" for unit in units):
         return _rebuilt(built, units, source)
     for unit in units:
         built.check(unit)
-    return tuple(UnitTarget(unit, built) for unit in units)
+    if not isinstance(built, FormsUnits):
+        return tuple(UnitTarget(unit, built) for unit in units)
+    targets = tuple(GroupTarget(unit, built) for unit in units)
+    if step.propagate != "none" and any(target.spans_blocks for target in targets):
+        raise RecipeError(
+            f"step {step.name!r}: linears of several blocks share a factor, so that none of these blocks can be cut "
+            f"before the last of them is observed, and propagate = {step.propagate!r} observes each behind the cut "
+            'ones; set propagate = "none"'
+        )
+    return targets
+
+
+def units_of(step: MethodStep, method: UnitMethod, anatomy: Anatomy) -> tuple[Unit, ...]:
+    """The linears that a step treats together.  Raises AnatomyError where there are none."""
+    if not isinstance(method, FormsUnits):
+        return anatomy.select_units(step.target, method.roles)
+    units = tuple(method.units(anatomy.select(step.target)))
+    if not units:
+        raise AnatomyError(
+            f"target {list(step.target)} holds no linear that is still as the model had it; {step.name} comes before "
+            "steps that replace linears"
+        )
+    return units
 
 
 def _rebuilt(method: Any, units: Sequence[Unit], source: Source) -> tuple[Target, ...]:
@@ -126,13 +167,18 @@ def budget_bytes(step: MethodStep | CacheStep, targets: Sequence[Target], source
     Raises RecipeError for a budget below the smallest that the method can do, and where the asked size leaves nothing.
     """
     itemsize = source.dtype.itemsize
-    curves = size_curves(targets, itemsize)
+    curves, allocator = size_curves(targets, itemsize), build_allocator(step.allocate)
     if isinstance(step, MethodStep) and not step.has_budget:
         forced(curves)
         return None
+    if allocator.needs_drift and not all(MeanGradient in target.needs for target in targets):
+        raise RecipeError(
+            f"step {step.name!r}: the allocator {step.allocate} goes by the signed change of the loss that options "
+            f"predict, and those of {step.name} predict none; use zs_svd, or another allocator"
+        )
     budget = _asked_bytes(step, targets, source)
-    if not build_allocator(step.allocate).needs_errors:
-        build_allocator(step.allocate).divide(curves, budget)
+    if not allocator.needs_errors:
+        allocator.divide(curves, budget)
     _check_smallest(step.name, curves, budget)
     return budget
 
@@ -142,6 +188,13 @@ def _asked_bytes(step: MethodStep | CacheStep, targets: Sequence[Target], source
     if step.keep is not None:
         return int(Fraction(str(step.keep)) * dense)  # 0.8 of 10 bytes is 8, though 0.8 in binary is not
     assert isinstance(step, MethodStep)  # only these have other budgets
+    if step.perplexity is not None:
+        if build_allocator(step.allocate).measures in ("gates", "truncation"):
+            raise RecipeError(
+                f"step {step.name!r}: the allocator {step.allocate} learns a division of one size, and a perplexity is "
+                "looked for among many; ask for a size, or choose another allocator"
+            )
+        return dense  # at most; how much less, the model has to be asked
     if step.bits is not None:
         weights = sum(target.elements for target in targets)
         budget = int(Fraction(str(step.bits)) * weights / 8)
@@ -170,6 +223,8 @@ def _check_smallest(name: str, curves: Sequence[Curve], budget: int) -> None:
 def spills(step: MethodStep | CacheStep, targets: Sequence[Target]) -> bool:
     """Whether statistics of the dense model go to disk: observed in sweep 1, they are read again in sweep 2."""
     needed = any(target.needs for target in targets)
+    if isinstance(step, MethodStep) and step.perplexity is not None:
+        return needed  # plans are made from them, one after the other
     return step.propagate == "none" and needed and build_allocator(step.allocate).needs_errors
 
 
@@ -185,6 +240,11 @@ def _per_token(job: Job, outcome: Outcome) -> Row:
     saved = [outcome.plan.choices[name] for name in outcome.done]
     now = dense - sum(choice.dense_bytes - choice.nbytes for choice in saved)
     return Row("cache per token", now, "bytes", "keys and values that one token leaves, all blocks", dense)
+
+
+def _found(sought: Sought) -> Row:
+    how = f"of {sought.windows} calibration windows, everything cut on the inputs of the dense model"
+    return Row("calibration perplexity", sought.perplexity, "", how, sought.dense_perplexity)
 
 
 def _rows(job: Job, outcome: Outcome, number: int, method: str) -> list[SiteRow]:

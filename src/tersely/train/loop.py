@@ -8,6 +8,9 @@ that train where they are, chosen by name.  Everything else is frozen.  Minimise
 over a number of tokens rather than of steps.  A part of the windows is held out and measured before, meanwhile and
 afterwards.  `harden` then puts the kinds in place that a checkpoint can hold.
 
+The model may be anything that is called with token numbers; objectives see what it returns.  Whole models are trained
+on text, single blocks on the numbers of recorded batches (see `tersely.refine`).
+
 The model computes in evaluation mode, so that its own dropout is off; relaxed modules are told that they train.
 Numbers that train are held in float32 or better; a relaxation sees to that, and parameters that train in place in less
 are refused.
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 from tersely.errors import CheckpointError, NumericalError, RecipeError
 from tersely.journal import Journal
 from tersely.train.data import Batches, hold_out, seed_of
-from tersely.train.objectives import Objective
+from tersely.train.objectives import Objective, Tokens
 from tersely.train.relax.base import Relaxation
 from tersely.train.settings import Training
 from tersely.train.standing import Trained, standing
@@ -330,8 +333,9 @@ def _require_finite(what: str, value: float, done: int) -> None:
 def _check(objectives: Mapping[str, Objective], windows: Tensor, teacher: nn.Module | None, model: nn.Module) -> None:
     if not objectives:
         raise RecipeError("training without an objective; name at least one")
-    if windows.ndim != 2 or windows.shape[1] < 2:
-        raise RecipeError(f"training windows of shape {tuple(windows.shape)}; wanted [windows, 2 or more tokens]")
+    least = 2 if any(isinstance(objective, Tokens) for objective in objectives.values()) else 1  # it predicts the next
+    if windows.ndim != 2 or windows.shape[1] < least:
+        raise RecipeError(f"training windows of shape {tuple(windows.shape)}; wanted [windows, {least} or more tokens]")
     if teacher is model:
         raise RecipeError("a model cannot teach itself; open the dense model a second time")
     taught = [name for name, objective in objectives.items() if objective.teaches]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tersely.errors import RecipeError
-from tersely.kinds import Kind, Made
+from tersely.kinds import Kind, Made, link
 from tersely.stats import Stats
 from tersely.train.relax.base import GROUPS, Relaxation, Relaxed
 
@@ -32,6 +32,7 @@ def relax_sites(
             raise RecipeError(f"{name}: {error}") from error
     for name, module in relaxed.items():
         model.set_submodule(name, module)
+    link(model)
     return relaxed
 
 
@@ -42,6 +43,7 @@ def harden(model: nn.Module, relaxed: Mapping[str, Relaxed]) -> dict[str, Made |
     for name, module in relaxed.items():
         hard = module.harden().train(module.training)
         model.set_submodule(name, hard)
+        link(model)
         made[name] = Made.of(hard) if isinstance(hard, Kind) else _host(hard.state_dict())
     return made
 

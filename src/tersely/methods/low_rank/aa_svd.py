@@ -82,14 +82,24 @@ class AnchoredSVD:
         return damped_gram(stats, self.damping)
 
     def _best(self, weight: Float[Tensor, "out in"], stats: Stats) -> Float[Tensor, "out in"]:
-        """W*, in the weight's dtype.  The damping pulls it towards W, not towards zero."""
-        shift = self.anchor * (stats[Cross].mean() - stats[Gram].mean())
-        if not shift.any():
-            return weight
-        root, failed = torch.linalg.cholesky_ex(self._metric(stats))
-        if failed:
-            raise NumericalError(
-                f"aa_svd: the damped Gram matrix of {stats.tokens} tokens is not positive definite; raise damping"
-            )
-        moved = torch.cholesky_solve((weight.double() @ shift).T, root).T
-        return (weight.double() + moved).to(weight.dtype)
+        return anchored_target("aa_svd", weight, stats, self.anchor, self.damping)
+
+
+def anchored_target(
+    method: str, weight: Float[Tensor, "out in"], stats: Stats, anchor: float, damping: float
+) -> Float[Tensor, "out in"]:
+    """W*, in the weight's dtype: what reads the shifted input and comes closest to W (x̂ + anchor · (x - x̂)).
+
+    The damping pulls it towards W, not towards zero.  Raises NumericalError, which names the method, where it does not
+    suffice.
+    """
+    shift = anchor * (stats[Cross].mean() - stats[Gram].mean())
+    if not shift.any():
+        return weight
+    root, failed = torch.linalg.cholesky_ex(damped_gram(stats, damping))
+    if failed:
+        raise NumericalError(
+            f"{method}: the damped Gram matrix of {stats.tokens} tokens is not positive definite; raise damping"
+        )
+    moved = torch.cholesky_solve((weight.double() @ shift).T, root).T
+    return (weight.double() + moved).to(weight.dtype)

@@ -22,9 +22,11 @@ orthonormalises.  What follows:
 * The spans of smaller ranks are nested, so one iteration serves all ranks and tells all their errors.
 
 Departures: a QR takes the place of both pseudo-inverses, so that nothing is inverted and no cut-off has to be chosen.
-The Gram matrix holds every token, so the paper's buckets, which average activations to save memory, are not needed;
-they cannot be had from a Gram matrix either.  The division of ratios by importance is an allocator, not part of this
-file.
+The Gram matrix holds every token, so the paper's buckets, which average the activations of windows position by
+position to save memory, are not needed.  With `buckets` they are made all the same, 32 windows each, to show what they
+cost: the factors then minimise the error on sequences that nobody wrote.  The paper shuffles windows before it fills
+buckets; ours are filled in the order of the text, from windows drawn at random.  The division of ratios by importance
+is an allocator, not part of this file.
 
 Source: Li et al., AdaSVD: Adaptive Singular Value Decomposition for Large Language Models, 2025 (arXiv 2502.01403).
 """
@@ -50,7 +52,7 @@ from tersely.methods.low_rank.factorise import (
     rank_sizes,
 )
 from tersely.option import Option
-from tersely.stats import Gram, Statistic, Stats
+from tersely.stats import BucketGram, Gram, Statistic, Stats
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class AdaSVD:
 
     damping: float = 1e-6
     """Added to the diagonal of the Gram matrix, as a fraction of the mean input power (no unit)."""
+
+    buckets: bool = False
+    """Fit to windows averaged 32 at a time, as the paper does to save memory, instead of to every token."""
 
     pivot: bool = False
     """Store r rows of the product in place of a factor: r² numbers fewer at rank r, so a higher rank in as many
@@ -76,13 +81,14 @@ class AdaSVD:
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
-        return (Gram,)
+        return (BucketGram if self.buckets else Gram,)
 
     def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
         return rank_sizes(shape, itemsize, self.pivot)
 
     def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
-        """Errors are exact without damping; with it they are upper bounds, by at most damping · power · ‖W - W'‖²."""
+        """Errors are exact without damping; with it they are upper bounds, by at most damping · power · ‖W - W'‖².
+        Those of buckets are errors on averaged windows."""
         return rank_options(weight, self._basis(weight, stats), self.pivot)
 
     def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
@@ -90,6 +96,8 @@ class AdaSVD:
         return factorised(weight, self._basis(weight, stats), amount, self.pivot)
 
     def _basis(self, weight: Float[Tensor, "out in"], stats: Stats) -> OutputBasis:
+        if self.buckets:  # the Gram matrix of other sequences, in the place of that of the tokens
+            stats = Stats({Gram: stats[BucketGram]})
         return alternated(output_basis(weight), damped_gram(stats, self.damping), self.iterations)
 
 

@@ -2,7 +2,8 @@
 
 All of them may store their result pivoted (`pivot`, see `kinds.pivoted`): r rows of the product take the place of a
 factor, and r² numbers fewer are stored at rank r.  The product and its error are the same, so at equal bytes the rank
-is larger.
+is larger.  Some may store it remapped (`remap`, see `kinds.remapped`), in one byte and two; their errors then are those
+of what is stored, rounding included.
 """
 
 import math
@@ -15,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tersely.errors import RecipeError
-from tersely.kinds import LowRankLinear, PivotedLinear
+from tersely.kinds import LinearKind, LowRankLinear, PivotedLinear, RemappedLinear
 from tersely.kinds.pivoted import pivoted_bytes
-from tersely.linalg.truncation import OutputBasis, output_basis
+from tersely.kinds.remapped import remapped_bytes
+from tersely.linalg.randomised import leading_basis
+from tersely.linalg.truncation import OutputBasis, covariance_of_outputs, output_basis
 from tersely.option import Amount, Option
 from tersely.stats import Gram, Stats
 
@@ -33,6 +36,8 @@ class _Leaves:
     """Of an instance they depend on how it stores its result, of the class they are those of its defaults."""
 
     def __get__(self, method: Pivots | None, owner: type) -> tuple[str, ...]:
+        if getattr(method, "remap", False):
+            return ()
         return ("down", "rest") if method is not None and method.pivot else ("down", "up")
 
 
@@ -64,15 +69,59 @@ def rank_options(weight: Float[Tensor, "out in"], basis: OutputBasis, pivot: boo
     return [replace(size, error=left[size.amount]) for size in sizes]
 
 
+def check_storage(method: str, pivot: bool, remap: bool) -> None:
+    if pivot and remap:
+        raise RecipeError(f"{method}: pivot and remap are two ways to store the factors; wanted one of them at most")
+
+
+def remapped_sizes(shape: tuple[int, int], ranks: Sequence[int] | None = None) -> list[Option]:
+    """As `rank_sizes` for what is stored remapped, whose bytes do not depend on the weight's dtype."""
+    offered = range(1, largest_rank(shape) + 1) if ranks is None else ranks
+    return [Option(0, 0, None), *(Option(rank, remapped_bytes(shape, rank), None) for rank in offered)]
+
+
+def remapped_options(
+    weight: Float[Tensor, "out in"], basis: OutputBasis, metric: Float[Tensor, "in in"] | None
+) -> list[Option]:
+    """Every rank with its bytes and the error of what is stored; the components of a rank are the first of them all."""
+    stored = remapped(weight, basis, len(basis.energy))
+    left = left_by_remapped(weight, stored, metric).tolist()
+    return [replace(size, error=left[size.amount]) for size in remapped_sizes((weight.shape[0], weight.shape[1]))]
+
+
+def left_by_remapped(
+    weight: Float[Tensor, "out in"], stored: RemappedLinear, metric: Float[Tensor, "in in"] | None
+) -> Float[Tensor, " rank_plus_one"]:
+    """tr(Δ M Δᵀ) of the first 0, 1, ... components."""
+    up, scale, down = (part.double() for part in stored.factors())
+    sides, wide = up * scale[:, None], weight.double()
+    reached = down if metric is None else down @ metric
+    met = ((sides @ wide) * reached).sum(1)
+    among = (sides @ sides.T) * (reached @ down.T)
+    # what a component adds to the square of the sum of those before it
+    added = 2 * among.tril(-1).sum(1) + among.diagonal()
+    whole = covariance_of_outputs(wide, metric).diagonal().sum()
+    return (whole + torch.cat([whole.new_zeros(1), (added - 2 * met).cumsum(0)])).clamp(min=0)
+
+
+def remapped(weight: Float[Tensor, "out in"], basis: OutputBasis, rank: int) -> RemappedLinear:
+    """The first vectors of a basis and what belongs to them, rounded."""
+    return RemappedLinear.of(weight, basis.factors(rank)[0])
+
+
 def low_rank(
     weight: Float[Tensor, "out in"],
     metric: Float[Tensor, "in in"] | Float[Tensor, " in"] | None,
     rank: int,
     pivot: bool = False,
-) -> LowRankLinear | PivotedLinear:
-    """The best module of that rank under a metric (see `linalg.truncation`), in the weight's dtype."""
+    remap: bool = False,
+    power: int | None = None,
+) -> LinearKind:
+    """The best module of that rank under a metric (see `linalg.truncation`), in the weight's dtype; with `power` the
+    nearly best by a randomised projection with so many products (see `linalg.randomised`)."""
     check_rank(weight, rank, pivot)
-    return factorised(weight, output_basis(weight, metric), rank, pivot)
+    basis = output_basis(weight, metric) if power is None else leading_basis(weight, metric, rank, power)
+    return remapped(weight, basis, rank) if remap else factorised(weight, basis, rank, pivot)
 
 
 def factorised(

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LinearKind, LowRankLinear, PivotedLinear
-from tersely.linalg.truncation import OutputBasis, output_basis
+from tersely.linalg.truncation import output_basis
 from tersely.methods.low_rank.factorise import check_rank, leaves_as_stored, rank_options, rank_sizes
 from tersely.option import Option
 from tersely.stats import Gram, OutputGram, Statistic, Stats
@@ -75,39 +75,53 @@ class TwoSidedSVD:
     def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
         """Errors are tr(R Δ G Δᵀ) in the shrunk metrics: twice the nats that the loss is to rise by per token, on one
         scale for all linears of a model."""
-        return rank_options(weight, self._basis(weight, stats, vectors=False)[1], self.pivot)
+        root = felt_root(stats, self.shrink_gradients)
+        basis = output_basis(root.T @ weight.double(), shrunk(stats[Gram].mean(), self.shrink_inputs), vectors=False)
+        return rank_options(weight, basis, self.pivot)
 
     def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
-        check_rank(weight, amount, self.pivot)
-        root, basis = self._basis(weight, stats, vectors=True)
-        up, down = basis.factors(amount)
-        up = torch.linalg.solve_triangular(root.T, up, upper=True)
-        up, down = _balanced(up, down)
-        kind = PivotedLinear if self.pivot else LowRankLinear
-        return kind.from_factors(up, down, dtype=weight.dtype)
-
-    def _basis(
-        self, weight: Float[Tensor, "out in"], stats: Stats, *, vectors: bool
-    ) -> tuple[Float[Tensor, "out out"], OutputBasis]:
-        """L, and the basis of Lᵀ W in the metric of the inputs."""
-        felt = _shrunk(stats[OutputGram].mean(), self.shrink_gradients)
-        if not felt.isfinite().all():
-            raise NumericalError("the gradients have entries that are not finite; calibrate in float32 or bfloat16")
-        felt.diagonal().add_(FLOOR * felt.diagonal().mean())
-        root = torch.linalg.cholesky(felt)
-        return root, output_basis(
-            root.T @ weight.double(), _shrunk(stats[Gram].mean(), self.shrink_inputs), vectors=vectors
+        return two_sided(
+            weight,
+            felt_root(stats, self.shrink_gradients),
+            shrunk(stats[Gram].mean(), self.shrink_inputs),
+            amount,
+            self.pivot,
         )
 
 
-def _shrunk(gram: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
+def two_sided(
+    weight: Float[Tensor, "out in"],
+    root: Float[Tensor, "out out"],
+    metric: Float[Tensor, "in in"],
+    rank: int,
+    pivot: bool = False,
+) -> LinearKind:
+    """The module of that rank, in the weight's dtype, with the least ‖Lᵀ (W - W') M^½‖²; L is the root."""
+    check_rank(weight, rank, pivot)
+    up, down = output_basis(root.T @ weight.double(), metric).factors(rank)
+    up, down = _balanced(torch.linalg.solve_triangular(root.T, up, upper=True), down)
+    kind = PivotedLinear if pivot else LowRankLinear
+    return kind.from_factors(up, down, dtype=weight.dtype)
+
+
+def felt_root(stats: Stats, share: float) -> Float[Tensor, "out out"]:
+    """L, lower triangular, of the shrunk R = L Lᵀ."""
+    felt = shrunk(stats[OutputGram].mean(), share)
+    if not felt.isfinite().all():
+        raise NumericalError("the gradients have entries that are not finite; calibrate in float32 or bfloat16")
+    felt.diagonal().add_(FLOOR * felt.diagonal().mean())
+    root: Tensor = torch.linalg.cholesky(felt)
+    return root
+
+
+def shrunk(gram: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
     """(1-a) M + a · mean(diag M) · I, a fresh tensor; the identity where nothing was observed."""
     power = gram.diagonal().mean()
     if power == 0:  # every direction counts alike
         return torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    shrunk = (1 - share) * (gram + gram.T) / 2
-    shrunk.diagonal().add_(share * power)
-    return shrunk
+    mixed = (1 - share) * (gram + gram.T) / 2
+    mixed.diagonal().add_(share * power)
+    return mixed
 
 
 def _balanced(

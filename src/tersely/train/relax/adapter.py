@@ -8,6 +8,11 @@ Hardening keeps the function and, where it can, the form.  A plain linear takes 
 of a low-rank linear are extended, [up, ηB] · [down; A]; whatever else (packed integers, or `merge = false`) becomes
 the kind `sum` of the frozen base and a low-rank update.
 
+Of a factorised linear, `factors` names children that get an update each, taken into them at the end: no number is
+stored more than before.  SVD-LLM heals that way, one factor after the other, since the gradient of each depends on the
+other: a step with ``factors = ["up"]``, then one with ``factors = ["down"]`` (Wang et al., 2024, section 3.3, arXiv
+2403.07378).  A linear that was left dense has no factors; its update goes into its weight.
+
 Differs from the authors' code: the update is held and computed in float32 or better when the model computes in less,
 because steps of Adam are smaller than a bfloat16 can resolve; A begins uniform within ±1/√in (Kaiming's with a = √5),
 as theirs does, where the paper says Gaussian.
@@ -16,9 +21,10 @@ Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, sec
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -33,6 +39,7 @@ from tersely.stats import Statistic, Stats
 from tersely.train.relax.base import Relaxed
 
 Form = Literal["plain", "extended", "sum"]
+Factor = Literal["down", "up", "rest"]
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,22 @@ class Adapter:
     merge: bool = True
     """Take the update into the weight, or into the factors, where that is exact; else keep it apart, as a sum."""
 
+    factors: tuple[Factor, ...] = ()
+    """Children of factorised linears that get an update each, merged into them (`rest`: of pivoted ones); none: an
+    update beside the linear as a whole."""
+
     paper: ClassVar[str] = "Hu et al., 2021, LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685)"
     summary: ClassVar[str] = "low-rank update beside frozen weights (LoRA), for healing"
 
     def __post_init__(self) -> None:
         check_update("adapter", self.rank, self.alpha, self.dropout)
+        unknown = [name for name in self.factors if name not in get_args(Factor)]
+        if unknown or len(set(self.factors)) < len(self.factors):
+            raise RecipeError(
+                f"adapter: factors = {list(self.factors)}; wanted each of {get_args(Factor)} once at most"
+            )
+        if self.factors and not self.merge:
+            raise RecipeError("adapter: updates of factors are merged into them; leave merge = false out, or factors")
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
@@ -65,8 +83,12 @@ class Adapter:
 
     def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
         learns_no_size("adapter", bits)
+        if self.factors and not kinds:
+            raise RecipeError("adapter: no target is factorised; leave factors out, or factorise in a step before")
 
-    def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> "Adapted":
+    def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> Relaxed:
+        if self.factors and isinstance(linear, LinearKind):
+            return AdaptedFactors(linear, self, generator)
         return Adapted(linear, self, generator)
 
     def budget(self, modules: Sequence[Relaxed], bits: float | None) -> Tensor:
@@ -109,6 +131,45 @@ class Adapted(Relaxed):
 
     def bits(self) -> Tensor:
         return absorbed_bits(self.base, len(self.down), merge=self._merge).to(self.up.device)
+
+
+class AdaptedFactors(Relaxed):
+    """A factorised linear, some children of which have an update beside them."""
+
+    def __init__(self, base: LinearKind, asked: Adapter, generator: torch.Generator) -> None:
+        super().__init__()
+        children = dict(base.named_children())
+        chosen = {name: children[name] for name in asked.factors if isinstance(children.get(name), nn.Linear)}
+        if not chosen:
+            linears = ", ".join(name for name, child in children.items() if isinstance(child, nn.Linear)) or "none"
+            raise RecipeError(
+                f"adapter: a {type(base).__name__} has no plain linear {' or '.join(asked.factors)} that an update "
+                f"could be merged into; it has {linears}"
+            )
+        adapted = {id(child): Adapted(child, asked, generator) for child in chosen.values()}
+        self.base = deepcopy(base, dict(adapted))  # a copy with the adapted children in the places of the plain ones
+        self._names = tuple(chosen)
+        self._bytes = sum(t.nbytes for name, t in base.state_dict().items() if not name.endswith("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x)
+        return out
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"adapters": [p for child in self._adapted() for p in child.groups()["adapters"]]}
+
+    def harden(self) -> nn.Module:
+        return deepcopy(self.base, {id(child): child.harden() for child in self._adapted()})
+
+    def bits(self) -> Tensor:
+        adapted = next(iter(self._adapted()))
+        return torch.tensor(8.0 * self._bytes, device=adapted.up.device)
+
+    def _adapted(self) -> Iterator[Adapted]:
+        for name in self._names:
+            child = self.base.get_submodule(name)
+            assert isinstance(child, Adapted)
+            yield child
 
 
 class Dropout(nn.Module):

@@ -1,0 +1,254 @@
+"""Row by row: compress to a folder, open the folder, evaluate it beside the dense model, write down what came out.
+
+Rows are written as they come, and a bench that was stopped goes on with the first row that is missing; the statistics
+of the dense model, gathered once for all rows, wait beside the rows until the last one is there.  A way that cannot be
+gone with this model or at this size is no reason to stop: its row says *refused* (nothing was begun: the family, the
+budget) or *failed* (numbers that are not finite), and why.
+
+Memory is that of compressing, evaluation aside: `peak_bytes` is the most that the process held at any moment of it, and
+`resident_bytes` what it held before, in which Python, its libraries and the dense model that rows are compared with are
+included.  Their difference is what the way itself takes.  The first row that needs a statistic pays for its replay, in
+seconds and in memory; `stages` tell what takes how long.
+"""
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersely.anatomy import needs_first_token
+from tersely.bench.entry import Entry, Setting, trains
+from tersely.calibrate import read_windows
+from tersely.checkpoint import locate, read_config, read_tokenizer
+from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
+from tersely.evaluation import Peak, Recalled, cut, folder_bytes, measure_agreement, peak_within
+from tersely.job import Progress
+from tersely.journal import commit_text
+from tersely.pipeline import Result, load, run, versions
+from tersely.prepare import examine, prepare
+from tersely.recipe import Calibration
+from tersely.text import read_text
+
+Row = dict[str, Any]
+
+NO_RESULT = ("refused", "failed")
+"""Keys of a row, with the reason, in the place of figures."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    model: str
+    entries: Sequence[Entry]
+    keeps: Sequence[float]
+    texts: Sequence[str]
+    calibration: Calibration
+    length: int | None = None
+    windows: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for keep in self.keeps:
+            if not 0 < keep <= 1:
+                raise RecipeError(f"keep {keep}; wanted above 0 and at most 1, the fraction of bytes that is kept")
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.model, self.calibration, self.seed, self.device)
+
+
+def run_bench(
+    bench: Bench, file: Path, command: str, progress: Progress, keep_folders: Path | None = None
+) -> list[Row]:
+    """All rows, written to `file` (JSON) one by one.  `keep_folders`: where compressed models and statistics stay; else
+    they lie beside `file`, in a folder that is removed when all rows are there.
+
+    Raises RecipeError if `file` holds another bench.
+    """
+    rows = rows_so_far(file, command)
+    work = keep_folders or file.with_suffix(".work")
+    yardstick = _Yardstick(bench)
+    jobs = list(_jobs(bench))
+    for number, (entry, size) in enumerate(jobs):
+        if not any(_is_row_of(row, entry, size) for row in rows):
+            out = work / entry.folder(size)
+            if out.exists():  # begun, but stopped; done anew, since seconds of a half are seconds of nothing
+                shutil.rmtree(out)
+            made = compressed(entry, bench.setting, size, out, work / "statistics")
+            rows += [made] if isinstance(made, dict) else yardstick.rows(named(entry, size), made, progress)
+            commit_text(file, json.dumps(bench_content(command, rows), indent=1) + "\n")
+            if keep_folders is None:
+                shutil.rmtree(out, ignore_errors=True)  # nothing is there of what was refused
+        progress("rows", number + 1, len(jobs))
+    if keep_folders is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return rows
+
+
+def check_bench(bench: Bench, file: Path, command: str) -> None:
+    """Raises TerselyError for whatever would stop a bench or leave it without any row; reads headers and texts, writes
+    nothing."""
+    if not file.absolute().parent.is_dir():
+        raise RecipeError(f"{file}: no such folder; make it first")
+    rows_so_far(file, command)
+    folder = locate(bench.model, weights=False)
+    config, tokenizer = read_config(folder), read_tokenizer(folder)
+    first = needs_first_token(config)
+    for text in bench.texts:
+        content = read_text(text, "evaluation")
+        cut(content, tokenizer, config, length=bench.length, first_token=first, limit=bench.windows)
+    read_windows(bench.calibration, tokenizer, config, bench.seed, tokenizer.bos_token_id if first else None)
+    refused: list[TerselyError] = []
+    jobs = list(_jobs(bench))
+    for entry, size in jobs:
+        try:
+            examine(entry.recipe(bench.setting, size), None)
+        except (RecipeError, AnatomyError) as error:
+            refused.append(error)
+    if jobs and len(refused) == len(jobs):
+        raise refused[0]
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A folder, and what it took to make it."""
+
+    result: Result
+    peak: Peak
+
+
+def compressed(entry: Entry, setting: Setting, size: float | None, out: Path, statistics: Path) -> Compressed | Row:
+    """Go one way into the folder `out`, with the statistics of dense models kept in `statistics`.
+
+    A row without figures if that is refused, or fails for numbers that are not finite.
+    """
+    try:
+        prepared = prepare(entry.recipe(setting, size), out)
+        with peak_within(torch.device(setting.device)) as peak:
+            result = run(prepared, statistics=statistics)
+    except (RecipeError, AnatomyError) as error:
+        return named(entry, size) | {"refused": str(error)}
+    except NumericalError as error:
+        return named(entry, size) | {"failed": str(error)}
+    return Compressed(result, peak)
+
+
+def named(entry: Entry, size: float | None) -> Row:
+    """What says which row it is."""
+    sized = {} if entry.sizes is None else {entry.sizes: size}
+    return {"method": entry.method, "options": entry.described(), "group": entry.compared_with, **sized}
+
+
+def costs(made: Compressed) -> Row:
+    """What a way takes and leaves behind, whatever the text.  `kept` and `removed` are measured, on the bytes of the
+    touched weights: the two conventions in which sizes are published."""
+    report = made.result.report
+    sizes = {row.name: row for row in report.rows}
+    touched = sizes["touched weights"]
+    kept = touched.ratio
+    errors = [site.measured_error for site in report.sites if site.measured_error is not None]
+    return {
+        "touched_bytes": touched.value,
+        "kept": kept,
+        "removed": None if kept is None else 1 - kept,
+        "bits_per_weight": sizes["bits per touched weight"].value,
+        "mean_error": sum(errors) / len(errors) if errors else None,
+        "left_dense": sum(site.amount is None for site in report.sites),
+        "degraded": len(report.degraded),
+        "seconds": report.seconds["everything"],
+        "stages": report.seconds,
+        "peak_bytes": made.peak.highest,
+        "resident_bytes": made.peak.before,
+        "trained_on": _trained_on(made.result),
+    }
+
+
+def _jobs(bench: Bench) -> Iterator[tuple[Entry, float | None]]:
+    """Every entry at every one of its sizes; those of one size stand together."""
+    for number, keep in enumerate(bench.keeps):
+        for entry in bench.entries:
+            if entry.sizes is not None:
+                yield entry, keep
+            elif number == 0:
+                yield entry, None
+
+
+class _Yardstick:
+    """The dense model and the texts, each cut once; what its body says of them is computed once and held, a hidden
+    state for every token."""
+
+    def __init__(self, bench: Bench) -> None:
+        folder = locate(bench.model)
+        self.dense = load(bench.model, device=bench.device)
+        tokenizer, config = read_tokenizer(folder), self.dense.config
+        self._windows = [
+            cut(
+                read_text(text, "evaluation"),
+                tokenizer,
+                config,
+                length=bench.length,
+                first_token=needs_first_token(config),
+                limit=bench.windows,
+            )
+            for text in bench.texts
+        ]
+        self._recalled: list[Recalled] = [{} for _ in self._windows]
+
+    def rows(self, row: Row, made: Compressed, progress: Progress) -> list[Row]:
+        """One for each text; a single one that says why if a number is not finite."""
+        model = load(made.result.out, device=str(self.dense.device))
+        rows = []
+        for windows, recalled in zip(self._windows, self._recalled, strict=True):
+            try:
+                agreement = measure_agreement(model, self.dense, windows, progress, recalled)
+            except NumericalError as error:
+                return [row | {"failed": str(error)}]
+            protocol = asdict(windows.protocol(model))
+            rows.append(
+                {
+                    **row,
+                    "text": protocol.pop("text"),
+                    **asdict(agreement),
+                    "relative_perplexity": agreement.perplexity / agreement.dense_perplexity,
+                    "bytes": folder_bytes(made.result.out),
+                    **costs(made),
+                    "protocol": protocol,
+                }
+            )
+        return rows
+
+
+def _trained_on(result: Result) -> list[str] | None:
+    """The texts that a row's weights saw in training; None where nothing was trained."""
+    recipe = result.report.recipe
+    training = [step if "train" in step else step["refine"] for step in recipe["step"] if trains(step)]
+    texts = {text for one in training for text in one["text"] or recipe["calibration"]["source"]}
+    return sorted(texts) or None
+
+
+def bench_content(command: str, rows: list[Row]) -> dict[str, Any]:
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {"command": command, "machine": machine, "versions": versions(), "rows": rows}
+
+
+def rows_so_far(file: Path, command: str) -> list[Row]:
+    """The rows of a bench that was stopped.  Raises RecipeError if `file` holds those of another one."""
+    if not file.exists():
+        return []
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    if plain["command"] != command:
+        raise RecipeError(
+            f"{file} holds the rows of another bench ({plain['command']}); choose another file, or remove it"
+        )
+    return list(plain["rows"])
+
+
+def _is_row_of(row: Row, entry: Entry, size: float | None) -> bool:
+    of_size = entry.sizes is None or row.get(entry.sizes) == size
+    return bool(row["method"] == entry.method and of_size and row["options"] == entry.described())

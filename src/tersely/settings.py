@@ -1,0 +1,105 @@
+"""The tables of a recipe that are no steps: what is calibrated on, what is measured, how blocks are refined."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from tersely.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that shows what inputs look like."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    source: list[str] = field(default_factory=lambda: ["stdlib"])
+    """Texts, as `tersely.text.read_text` takes them; joined by two newlines."""
+
+    samples: int = 128
+    """Windows to observe; the text may hold fewer."""
+
+    length: int | None = None
+    """Tokens in a window; by default the model's training window, else min(2048, its context)."""
+
+    order: Literal["random", "first"] = "random"
+    """Which windows: drawn without replacement by the seed, or the first ones of the text."""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise RecipeError("calibration: an empty list of sources; name at least one text, or stdlib")
+        if self.samples < 1:
+            raise RecipeError(f"calibration: samples = {self.samples}; wanted 1 or more windows")
+        if self.length is not None and self.length < 2:
+            raise RecipeError(f"calibration: length = {self.length}; wanted 2 or more tokens")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the result is measured on, beside the dense model, once it is written; nothing by default."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    text: list[str] = field(default_factory=list)
+    """Texts, as `tersely.text.read_text` takes them, each measured on its own."""
+
+    length: int | None = None
+    """Tokens in a window; by default the model's training window, else min(2048, its context)."""
+
+    windows: int | None = None
+    """Only the first so many windows of each text."""
+
+    def __post_init__(self) -> None:
+        if self.length is not None and self.length < 2:
+            raise RecipeError(f"evaluation: length = {self.length}; wanted 2 or more tokens")
+        if self.windows is not None and self.windows < 1:
+            raise RecipeError(f"evaluation: windows = {self.windows}; wanted 1 or more")
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Gradient descent on each block once it is compressed, towards what the block gave before (see `refine`)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    epochs: int = 10
+    """Passes over the windows at most."""
+
+    rate: float = 3e-3
+    """Largest learning rate; it falls to zero along a half cosine.  Best of four on a model of width 128; wider ones
+    want less (the paper: 1e-4 for widths of 4096)."""
+
+    batch: int = 8
+    """Windows in a step of the optimiser."""
+
+    decay: float = 0.0
+    """Weight decay of matrices; vectors have none."""
+
+    held_out: float = 0.125
+    """Share of the batches that are not trained on but decide which numbers stay."""
+
+    patience: int = 3
+    """Passes without a new best on the windows held out after which a block is done."""
+
+    text: list[str] | None = None
+    """Texts to train on; by default the calibration texts."""
+
+    samples: int | None = None
+    """Windows of them; by default as many as for calibration."""
+
+    def __post_init__(self) -> None:
+        for what in ("epochs", "batch", "patience"):
+            if getattr(self, what) < 1:
+                raise RecipeError(f"refine: {what} = {getattr(self, what)}; wanted 1 or more")
+        if not 0 < self.rate < math.inf:
+            raise RecipeError(f"refine: rate = {self.rate}; wanted above 0")
+        if not 0 <= self.decay < math.inf:
+            raise RecipeError(f"refine: decay = {self.decay}; wanted 0 or more")
+        if not 0 < self.held_out <= 0.5:
+            raise RecipeError(f"refine: held_out = {self.held_out}; wanted above 0 and at most 0.5, a share")
+        if self.text is not None and not self.text:
+            raise RecipeError("refine: an empty list of texts; name at least one, or leave it out")
+        if self.samples is not None and self.samples < 1:
+            raise RecipeError(f"refine: samples = {self.samples}; wanted 1 or more windows")

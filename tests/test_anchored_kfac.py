@@ -1,0 +1,92 @@
+"""Anchored truncation in two metrics: between its parents it is optimal in its own objective, and at the ends it is
+them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tersely.errors import RecipeError
+from tersely.methods.low_rank.aa_svd import AnchoredSVD
+from tersely.methods.low_rank.anchored_kfac import AnchoredTwoSidedSVD
+from tersely.methods.low_rank.kfac_svd import TwoSidedSVD
+from tersely.stats import Cross, Gram, OutputGram, Stats
+
+EXACT = {"shrink_inputs": 0.0, "shrink_gradients": 0.0}
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[(16, 24), (24, 16), (20, 20)], ids=["wide", "tall", "square"])
+def case(request) -> tuple[Tensor, Tensor, Tensor, Tensor, Stats]:
+    """W, x, x̂, g and what is observed of them."""
+    out, width = request.param
+    mix = normal(width, width, seed=1)
+    dense = normal(500, width, seed=2) @ mix
+    shifted = dense + 0.3 * normal(500, width, seed=3) @ mix.roll(3, 0)
+    gradients = normal(500, out, seed=4) @ (normal(out, out, seed=5) * torch.logspace(0, -2, out, dtype=torch.float64))
+    stats = Stats({Gram: Gram(width), Cross: Cross(width)})
+    stats.update(shifted, dense)
+    felt = OutputGram(out)
+    felt.update(gradients)
+    return normal(out, width, seed=6), dense, shifted, gradients, stats | Stats({OutputGram: felt})
+
+
+def lost(weight: Tensor, made: Tensor, case: tuple, anchor: float) -> float:
+    """E‖L_Rᵀ (W y - W' x̂)‖²."""
+    _, dense, shifted, gradients, _ = case
+    target = (shifted + anchor * (dense - shifted)) @ weight.T
+    root = torch.linalg.cholesky(gradients.T @ gradients / len(gradients))
+    return ((target - shifted @ made.T) @ root).square().sum(1).mean().item()
+
+
+@pytest.mark.parametrize("anchor", [0.5, 1.0])
+def test_its_error_is_the_least_possible_and_the_dropped_energy(case, anchor):
+    weight, dense, shifted, _, stats = case
+    method = AnchoredTwoSidedSVD(anchor=anchor, damping=0.0, **EXACT)
+    target = (shifted + anchor * (dense - shifted)) @ weight.T
+    best = torch.linalg.lstsq(shifted, target).solution.T
+    least = lost(weight, best, case, anchor)
+    for option in method.options(weight, stats)[1:]:
+        made = method.compress(weight, stats, option.amount).to_dense()
+        assert lost(weight, made, case, anchor) == pytest.approx(least + option.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [2, 7, 12])
+def test_nothing_of_that_rank_does_better_in_its_objective(case, rank):
+    weight, *_, stats = case
+    ours = lost(
+        weight, AnchoredTwoSidedSVD(1.0, damping=0.0, **EXACT).compress(weight, stats, rank).to_dense(), case, 1
+    )
+    for other in (AnchoredSVD(damping=0.0), TwoSidedSVD(**EXACT), AnchoredTwoSidedSVD(0.5, damping=0.0, **EXACT)):
+        assert ours <= lost(weight, other.compress(weight, stats, rank).to_dense(), case, 1) * (1 + 1e-12)
+    around = torch.linalg.svd(AnchoredSVD(damping=0.0).compress(weight, stats, rank).to_dense() + 1e-3)
+    nearby = around.U[:, :rank] * around.S[:rank] @ around.Vh[:rank]
+    assert ours <= lost(weight, nearby, case, 1)
+
+
+@pytest.mark.parametrize("pivot", [False, True])
+def test_at_the_ends_it_is_its_parents(case, pivot):
+    weight, *_, stats = case
+    two_sided = TwoSidedSVD(pivot=pivot).compress(weight, stats, 5).to_dense()
+    assert torch.equal(AnchoredTwoSidedSVD(0.0, pivot=pivot).compress(weight, stats, 5).to_dense(), two_sided)
+    anchored = AnchoredSVD(damping=0.0, pivot=pivot).compress(weight, stats, 5).to_dense()
+    alike = AnchoredTwoSidedSVD(1.0, shrink_inputs=0.0, shrink_gradients=1.0, damping=0.0, pivot=pivot)
+    assert torch.allclose(alike.compress(weight, stats, 5).to_dense(), anchored, rtol=1e-7, atol=1e-9)
+
+
+def test_on_dense_inputs_it_is_two_sided(case):
+    weight, dense, _, _, stats = case
+    same = Stats({Gram: Gram(dense.shape[1]), Cross: Cross(dense.shape[1])})
+    same.update(dense)
+    same |= Stats({OutputGram: stats[OutputGram]})
+    ours, theirs = AnchoredTwoSidedSVD(), TwoSidedSVD()
+    assert [o.error for o in ours.options(weight, same)] == [o.error for o in theirs.options(weight, same)]
+    assert torch.equal(ours.compress(weight, same, 3).to_dense(), theirs.compress(weight, same, 3).to_dense())
+
+
+@pytest.mark.parametrize("wrong", [{"anchor": 1.5}, {"shrink_inputs": -0.1}, {"shrink_gradients": 2}, {"damping": -1}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(RecipeError, match="anchored_kfac"):
+        AnchoredTwoSidedSVD(**wrong)

@@ -1,0 +1,387 @@
+r"""The verdict on a low-rank recipe: against every other way of its group, on full texts, over calibration seeds.
+
+    python tools/low_rank_verdict.py MODEL --best recipes/low_rank_best.toml --calibrate wiki.train.raw \
+        --text wiki.test.raw c4.jsonl books.test.txt ptb.test.txt --out docs/results/low_rank_verdict
+
+The first text is judged alone, all texts are, and so is the mean of the others (each counts the same; a mean of losses,
+that is the geometric mean of perplexities).  A text that the dense model does not model, its perplexity there being
+above a third of the vocabulary, is shown, marked, and left out of the mean.  Every seed draws other calibration
+windows; within a seed all ways share them and their statistics.  Per size, text and seed the recipe is paired, window
+by window, with whichever other way is the strongest there (see `tersely.evaluation.paired`): choosing that one after
+the fact favours the others.  `--against` names other ways as `tersely bench low-rank` prints them, or recipes; by
+default all low-rank entries of the recipe's group.
+
+Writes OUT.json row by row and OUT.md at the end.  A run that was stopped goes on, also with more sizes, seeds or ways;
+losses of windows and statistics lie in OUT.work, the latter until their seed is complete.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from tersely.anatomy import needs_first_token
+from tersely.bench import GROUPS, LOW_RANK, NO_RESULT, Entry, Row, Setting, bench_content, compressed, costs, entry_of
+from tersely.checkpoint import locate, read_config, read_tokenizer
+from tersely.errors import NumericalError, RecipeError, unknown
+from tersely.evaluation import Windows, cut, folder_bytes, paired_over, perplexity_of, window_losses
+from tersely.journal import commit_tensors, commit_text, read_tensors
+from tersely.pipeline import load
+from tersely.recipe import Calibration, read_recipe
+from tersely.report.rows import format_value
+from tersely.text import read_text
+
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+SEEDS = (0, 1, 2)
+NO_MODEL = 1 / 3
+"""Share of the vocabulary above which a dense perplexity says that the text is not modelled at all."""
+OTHERS = "mean of the other texts"
+
+Losses = dict[str, Tensor]
+"""Text → the mean loss of each of its windows."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is compared, and how."""
+
+    model: str
+    best: Entry
+    others: Sequence[Entry]
+    texts: Sequence[str]
+    calibration: Calibration
+    keeps: Sequence[float] = KEEPS
+    seeds: Sequence[int] = SEEDS
+    length: int | None = None
+    windows: int | None = None
+    device: str = "cpu"
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [self.best, *self.others]
+
+    def jobs(self) -> Iterator[tuple[int, float, Entry]]:
+        for seed in self.seeds:
+            for keep in self.keeps:
+                yield from ((seed, keep, entry) for entry in self.entries)
+
+    def cuts(self) -> list[Windows]:
+        folder = locate(self.model)
+        config, tokenizer = read_config(folder), read_tokenizer(folder)
+        first = needs_first_token(config)
+        return [
+            cut(
+                read_text(t, "evaluation"), tokenizer, config, length=self.length, first_token=first, limit=self.windows
+            )
+            for t in self.texts
+        ]
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run(trial: Trial, out: Path, command: str) -> dict[str, Any]:
+    """All rows, and the verdict on them, written to `out`.json and `out`.md.
+
+    Raises RecipeError if `out`.json holds rows of another model, other texts or another calibration.
+    """
+    file, work, cuts = out.with_suffix(".json"), out.with_suffix(".work"), trial.cuts()
+    setting = {
+        "model": trial.model,
+        "calibration": asdict(trial.calibration),
+        "texts": [[one.text.source, one.text.sha256, one.length, len(one)] for one in cuts],
+    }
+    content = _so_far(file, setting) or bench_content(command, []) | {"setting": setting}
+    content["command"] = command
+    (work / "losses").mkdir(parents=True, exist_ok=True)
+    if "dense" not in content:
+        content["dense"] = _dense(trial, cuts)
+        commit_text(file, json.dumps(content, indent=1) + "\n")
+    # what was said of windows whose losses are gone cannot be paired: those rows are made anew
+    content["rows"] = [
+        row for row in content["rows"] if "losses" not in row or (work / "losses" / row["losses"]).exists()
+    ]
+    jobs = list(trial.jobs())
+    for number, (seed, keep, entry) in enumerate(jobs, start=1):
+        statistics = work / f"statistics-{seed}"
+        if _row_of(content["rows"], entry.way, keep, seed) is None:
+            content["rows"].append(_row(trial, cuts, entry, keep, seed, work))
+            commit_text(file, json.dumps(content, indent=1) + "\n")
+            sys.stderr.write(f"{number}/{len(jobs)} seed {seed} keep {keep} {entry.way}\n")
+        if number == len(jobs) or jobs[number][0] != seed:
+            shutil.rmtree(statistics, ignore_errors=True)
+    content["verdict"] = verdict(trial, content, lambda row: read_tensors(work / "losses" / row["losses"]))
+    commit_text(file, json.dumps(content, indent=1) + "\n")
+    commit_text(out.with_suffix(".md"), markdown(trial, content))
+    return content
+
+
+def _so_far(file: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("setting") != setting:
+        raise RecipeError(
+            f"{file} holds rows of another model, other texts or another calibration; choose another --out"
+        )
+    return content
+
+
+def _dense(trial: Trial, cuts: Sequence[Windows]) -> list[dict[str, Any]]:
+    model = load(trial.model, device=trial.device)
+    losses = _losses(model, cuts)
+    vocabulary = model.config.get_text_config().vocab_size
+    found = []
+    for one in cuts:
+        perplexity = perplexity_of(_mean(losses[one.text.source], one))
+        protocol = asdict(one.protocol(model))
+        found.append(protocol | {"perplexity": perplexity, "modelled": perplexity <= NO_MODEL * vocabulary})
+    return found
+
+
+def _row(trial: Trial, cuts: Sequence[Windows], entry: Entry, keep: float, seed: int, work: Path) -> Row:
+    name = f"{entry.folder(keep)}-{seed}"
+    folder = work / name
+    if folder.exists():  # begun, but stopped
+        shutil.rmtree(folder)
+    said: Row = {"way": entry.way, "group": entry.compared_with, "keep": keep, "seed": seed}
+    setting = Setting(trial.model, trial.calibration, seed, trial.device)
+    made = compressed(entry, setting, keep, folder, work / f"statistics-{seed}")
+    try:
+        if isinstance(made, dict):  # refused, or failed
+            return said | {key: made[key] for key in NO_RESULT if key in made}
+        losses = _losses(load(folder, device=trial.device), cuts)
+        perplexities = {one.text.source: perplexity_of(_mean(losses[one.text.source], one)) for one in cuts}
+        said["bytes"] = folder_bytes(folder)
+    except NumericalError as error:
+        return said | {"failed": str(error)}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # nothing is there of what was refused
+    file = f"{name}.safetensors"
+    commit_tensors(work / "losses" / file, losses)
+    return said | costs(made) | {"losses": file, "perplexity": perplexities}
+
+
+def _losses(model: PreTrainedModel, cuts: Sequence[Windows]) -> Losses:
+    return {one.text.source: window_losses(model, one) for one in cuts}
+
+
+def _mean(losses: Tensor, windows: Windows) -> float:
+    counts = windows.predictions()
+    return float((losses * counts).sum() / counts.sum())
+
+
+def _row_of(rows: Sequence[Row], way: str, keep: float, seed: int) -> Row | None:
+    found = [row for row in rows if (row["way"], row["keep"], row["seed"]) == (way, keep, seed)]
+    return found[0] if found else None
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def places(content: dict[str, Any]) -> dict[str, list[str]]:
+    """Where ways are compared: every text by itself, and the mean of those others than the first that the dense model
+    models."""
+    texts = [one["text"] for one in content["dense"]]
+    others = [one["text"] for one in content["dense"][1:] if one["modelled"]]
+    return {text: [text] for text in texts} | ({OTHERS: others} if len(others) > 1 else {})
+
+
+def perplexity(row: Row, texts: Sequence[str]) -> float:
+    """The geometric mean over texts."""
+    return math.exp(fmean(math.log(row["perplexity"][text]) for text in texts))
+
+
+def verdict(trial: Trial, content: dict[str, Any], losses_of: Callable[[Row], Losses]) -> list[dict[str, Any]]:
+    """Per size, place and seed: the best, the strongest of the others there, and what pairing says of them.
+    `losses_of`: row → its losses."""
+    found = []
+    for keep in trial.keeps:
+        for place, texts in places(content).items():
+            for seed in trial.seeds:
+                said: dict[str, Any] = {"keep": keep, "place": place, "seed": seed}
+                rows = [_row_of(content["rows"], entry.way, keep, seed) for entry in trial.entries]
+                best, *others = [row if row is not None and "losses" in row else None for row in rows]
+                rivals = [row for row in others if row is not None]
+                if best is not None and rivals:
+                    strongest = min(rivals, key=lambda row: perplexity(row, texts))
+                    ours, theirs = losses_of(best), losses_of(strongest)
+                    pair = paired_over([(ours[text], theirs[text]) for text in texts])
+                    said |= {"perplexity": perplexity(best, texts), "strongest": strongest["way"]}
+                    said |= {"strongest_perplexity": perplexity(strongest, texts), "lower": pair.is_lower}
+                    said |= {"ratio": pair.ratio, "ratio_interval": pair.ratio_interval, **asdict(pair)}
+                found.append(said)
+    return found
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+
+def markdown(trial: Trial, content: dict[str, Any]) -> str:
+    best = trial.best.way
+    lines = [f"Regenerate with `{content['command']}`.", "", f"Judged: **{best}** ({trial.best.compared_with}).", ""]
+    lines += [*_dense_table(content), "", *_verdict_table(content), ""]
+    for place, texts in places(content).items():
+        lines += [f"## {place}", "", *_perplexity_table(trial, content, texts), ""]
+    lines += ["## What it takes", "", *_cost_table(trial, content), ""]
+    empty = [(row, key) for row in content["rows"] for key in NO_RESULT if key in row]
+    if empty:
+        lines += ["## No result", "", "| way | keep | seed | what | why |", "|---|--:|--:|---|---|"]
+        for row, key in empty:
+            reason = " ".join(row[key].split()).replace("|", "\\|")
+            lines.append(f"| {row['way']} | {row['keep']} | {row['seed']} | {key} | {reason} |")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _dense_table(content: dict[str, Any]) -> Iterator[str]:
+    yield "| text | windows | tokens predicted | dense perplexity | counts in the mean |"
+    yield "|---|--:|--:|--:|---|"
+    for number, one in enumerate(content["dense"]):
+        counts = (
+            "judged alone" if number == 0 else "yes" if one["modelled"] else "no: the dense model does not model it"
+        )
+        figures = f"{one['windows']} of {one['length']} | {one['tokens']} | {one['perplexity']:.3f}"
+        yield f"| {one['text']} | {figures} | {counts} |"
+
+
+def _verdict_table(content: dict[str, Any]) -> Iterator[str]:
+    yield "Ratio: perplexity of the judged over that of the strongest other way, with a 95 % interval over windows."
+    yield ""
+    yield "| keep | text | seed | perplexity | strongest other | its perplexity | ratio | lower |"
+    yield "|--:|---|--:|--:|---|--:|--:|---|"
+    for said in content["verdict"]:
+        head = f"| {said['keep']} | {said['place']} | {said['seed']} |"
+        if "ratio" not in said:
+            yield f"{head} – | – | – | – | no result |"
+            continue
+        low, high = said["ratio_interval"]
+        answer = "yes" if said["lower"] else "no" if min(low, said["ratio"]) > 1 else "not told apart"
+        yield (
+            f"{head} {said['perplexity']:.3f} | {said['strongest']} | {said['strongest_perplexity']:.3f} | "
+            f"{said['ratio']:.4f} ({low:.4f} to {high:.4f}) | {answer} |"
+        )
+
+
+def _perplexity_table(trial: Trial, content: dict[str, Any], texts: Sequence[str]) -> Iterator[str]:
+    """Mean ± standard deviation over seeds; the lowest mean of a size is bold."""
+    yield "| way |" + "".join(f" keep {keep} |" for keep in trial.keeps)
+    yield "|---|" + "--:|" * len(trial.keeps)
+    found = {
+        (entry.way, keep): [perplexity(row, texts) for row in _with_result(trial, content, entry, keep)]
+        for entry in trial.entries
+        for keep in trial.keeps
+    }
+    lowest = {
+        keep: min((fmean(values) for (_, at), values in found.items() if at == keep and values), default=None)
+        for keep in trial.keeps
+    }
+    for entry in trial.entries:
+        cells = []
+        for keep in trial.keeps:
+            values = found[entry.way, keep]
+            if not values:
+                cells.append("–")
+                continue
+            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+            said = f"{fmean(values):.2f}{spread}"
+            cells.append(f"**{said}**" if fmean(values) == lowest[keep] else said)
+        yield f"| {entry.way} | " + " | ".join(cells) + " |"
+
+
+def _cost_table(trial: Trial, content: dict[str, Any]) -> Iterator[str]:
+    yield "| way | keep | kept | folder | seconds | memory | left dense | degraded | trained on |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|---|"
+    for entry in trial.entries:
+        for keep in trial.keeps:
+            rows = _with_result(trial, content, entry, keep)
+            if not rows:
+                continue
+            peaks = [row["peak_bytes"] - row["resident_bytes"] for row in rows if row["peak_bytes"] is not None]
+            trained = ", ".join(rows[0]["trained_on"] or []) or "nothing"
+            yield (
+                f"| {entry.way} | {keep} | {fmean(row['kept'] for row in rows):.4f} | "
+                f"{format_value(fmean(row['bytes'] for row in rows), 'bytes')} | "
+                f"{fmean(row['seconds'] for row in rows):.1f} | {format_value(max(peaks, default=None), 'bytes')} | "
+                f"{max(row['left_dense'] for row in rows)} | {max(row['degraded'] for row in rows)} | {trained} |"
+            )
+
+
+def _with_result(trial: Trial, content: dict[str, Any], entry: Entry, keep: float) -> list[Row]:
+    rows = [_row_of(content["rows"], entry.way, keep, seed) for seed in trial.seeds]
+    return [row for row in rows if row is not None and "losses" in row]
+
+
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def entry_named(name: str) -> Entry:
+    """A recipe file, or a way of the bench.  Raises RecipeError for neither."""
+    if name.endswith(".toml"):
+        return entry_of(read_recipe(Path(name)))
+    ways = {entry.way: entry for entry in LOW_RANK}
+    if name not in ways:
+        raise RecipeError(unknown("way", name, ways))
+    return ways[name]
+
+
+def rivals_of(best: Entry, names: Sequence[str] | None, group: str | None) -> list[Entry]:
+    """The others, or all low-rank entries of the group; the best itself is none of them."""
+    if names is None:
+        of_group = group or best.compared_with
+        others = [entry for entry in LOW_RANK if entry.sizes == "keep" and entry.compared_with == of_group]
+    else:
+        others = [entry_named(name) for name in names]
+    return [entry for entry in others if entry.way != best.way]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--best", required=True, help="a recipe (.toml), or a way of the bench")
+    parser.add_argument("--against", nargs="+", help="ways of the bench, or recipes; default: all of the group")
+    parser.add_argument("--group", choices=GROUPS, help="of the others; default: that of the best")
+    parser.add_argument("--keep", nargs="+", type=float, default=list(KEEPS))
+    parser.add_argument("--seed", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--calibrate", nargs="+", required=True)
+    parser.add_argument("--samples", type=int, default=Calibration.samples)
+    parser.add_argument("--length", type=int)
+    parser.add_argument("--windows", type=int, help="only the first so many of each text")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/low_rank_verdict"))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    asked = parser.parse_args(given)
+    disable_progress_bar()
+    if asked.threads is not None:
+        torch.set_num_threads(asked.threads)
+    best = entry_named(asked.best)
+    trial = Trial(
+        asked.model,
+        best,
+        rivals_of(best, asked.against, asked.group),
+        asked.text,
+        Calibration(asked.calibrate, samples=asked.samples, length=asked.length),
+        asked.keep,
+        asked.seed,
+        asked.length,
+        asked.windows,
+        asked.device,
+    )
+    run(trial, asked.out, shlex.join(["python", "tools/low_rank_verdict.py", *given]))
+
+
+if __name__ == "__main__":
+    main()
