@@ -181,7 +181,8 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
 def _which_windows(recipe: Recipe, step: Step) -> dict[str, Any]:
     """Of a text to train on: all of them, or for the refinement of blocks, which keeps them in memory, some."""
     if isinstance(step, MethodStep) and step.refine is not None:
-        return {"samples": step.refine.samples or recipe.calibration.samples}
+        # drawn, not the first ones, which of several texts would be windows of the first
+        return {"samples": step.refine.samples or recipe.calibration.samples, "order": "random"}
     return {"samples": ALL_WINDOWS, "order": "first"}
 
 
