@@ -31,7 +31,7 @@ UNTRAINED = (
     Entry("svd_llm", "uniform", "block"),
     Entry("svd_llm", "uniform", "block", {"update": True}),
     Entry("nsvd", "uniform", "none"),
-    Entry("nsvd", "uniform", "none", {"second": "interpolative"}),
+    Entry("nsvd", "uniform", "none", {"second": "id"}),
     Entry("adasvd", "uniform", "none"),
     Entry("adasvd", "uniform", "none", {"buckets": True}),
     Entry("adasvd", "importance", "block"),
