@@ -32,6 +32,7 @@ from tersely.allocate import (
     Plan,
     Spectrum,
     block_influence,
+    consensus,
     curve_of,
     effective_rank,
     greedy,
@@ -723,6 +724,20 @@ def test_lems_leaves_dense_what_the_model_cannot_do_without():
     assert [o.nbytes for o in lems_probe(curves[0])] == [10]
     assert lems(curves, 120, measures).choices["vital"].amount is None
     assert lems(curves, 120, measures).choices["idle"].amount == 2
+
+
+def test_a_consensus_gives_halfway_between_what_was_measured_and_what_was_learned():
+    options = [Option(r, 10 * r, (20.0 - r) ** 2) for r in range(20)]
+    curves = [curve_of(name, options, 195) for name in ("first", "second")]
+    measures = Measures(harm={"first": {20: 9.0}, "second": {20: 1.0}}, learned={"first": 60.0, "second": 140.0})
+    measured = lems(curves, 200, measures)
+    assert measured.choices["first"].nbytes > 100  # where what was learned says the contrary
+    plan = consensus(curves, 200, measures)
+    for site, choice in plan.choices.items():
+        wanted = (measured.choices[site].nbytes + measures.learned[site]) / 2
+        assert abs(choice.nbytes - wanted) <= 10
+    assert 190 < plan.nbytes <= 200
+    assert consensus(curves, 200, Measures(harm=measures.harm)) == measured
 
 
 def test_a_divergence_below_zero_is_rounding():

@@ -72,6 +72,28 @@ def test_without_a_shift_or_without_an_anchor_it_is_whitening(streams):
         assert torch.equal(ours.to_dense(), whitened.to_dense())
 
 
+@pytest.mark.parametrize("alpha", [0.25, 1.0, 3.0])
+def test_between_the_ends_it_minimises_a_sum_of_two_errors(streams, alpha):
+    """SAES-SVD: ‖(W' - W) x̂‖² + α ‖W' x̂ - W x‖² is (1 + α) ‖W' x̂ - W (x̂ + β (x - x̂))‖² and a constant,
+    β = α / (1 + α)."""
+    weight, dense, shifted = streams
+    beta = alpha / (1 + alpha)
+
+    def both(other: torch.Tensor) -> float:
+        near, anchored = (shifted @ (other - weight).T, shifted @ other.T - dense @ weight.T)
+        return (near.square().sum(-1) + alpha * anchored.square().sum(-1)).mean().item()
+
+    def mixed(other: torch.Tensor) -> float:
+        return (shifted @ other.T - (shifted + beta * (dense - shifted)) @ weight.T).square().sum(-1).mean().item()
+
+    stats = observed(dense, shifted)
+    best = AnchoredSVD(anchor=beta, damping=0.0).compress(weight, stats, 6).to_dense()
+    others = [AnchoredSVD(anchor=anchor, damping=0.0).compress(weight, stats, 6).to_dense() for anchor in (0.0, 1.0)]
+    constants = [both(other) - (1 + alpha) * mixed(other) for other in (best, *others, 0 * weight, weight)]
+    assert constants == pytest.approx([constants[0]] * 5, rel=1e-9)
+    assert all(both(best) < both(other) for other in others)
+
+
 def test_silent_inputs_and_wrong_fields():
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     silent = observed(torch.zeros(10, 8), torch.zeros(10, 8))

@@ -360,6 +360,27 @@ def test_a_run_that_fails_midway_can_be_gone_on_with(failure, tersely_, usual, m
     assert tersely_(*command)[0] == 2
 
 
+def test_a_recipe_that_is_refused_midway_is_not_to_be_given_again(tersely_, usual, model_folder, tmp_path, monkeypatch):
+    def refuses(*arguments: Any) -> None:
+        raise tersely.errors.RecipeError("what was asked for cannot be had")
+
+    monkeypatch.setattr(sweeps, "_cut", refuses)
+    status, _, err = tersely_("compress", model_folder(), tmp_path / "out", "--method", "svd", "--keep", "0.6", *usual)
+    assert status == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line == "error: what was asked for cannot be had; the same command would end here again, so change it"
+
+
+def test_an_interrupt_before_work_begins_is_told(tersely_, model_folder, tmp_path, monkeypatch):
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tersely.prepare.prepare", interrupted)
+    status, out, err = tersely_("compress", model_folder(), tmp_path / "out", "--method", "svd", "--keep", "0.6")
+    assert (status, out, err) == (1, "", "error: interrupted; give the same command again\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_debug_shows_where_it_went_wrong(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(application, "debugging", False)
     with pytest.raises(tersely.errors.RecipeError, match="unknown method"):

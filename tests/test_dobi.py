@@ -448,10 +448,11 @@ def recipe(model: Path, text: Path, **asked: Any) -> Recipe:
 
 
 @pytest.mark.parametrize("batch", [16, 48, 4096])
-def test_calibration_shows_one_window_after_the_other(batch, model_folder, text_file, tmp_path, monkeypatch):
-    """However many run together."""
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_calibration_shows_one_window_after_the_other(family, batch, model_folder, text_file, tmp_path, monkeypatch):
+    """However many run together, and where an MLP reads all their tokens as one matrix."""
     monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", batch)
-    asked = recipe(model_folder(), text_file, propagate="none")
+    asked = recipe(model_folder(family), text_file, propagate="none")
     run(prepare(asked, tmp_path / "out"), statistics=tmp_path / "statistics")
     files = sorted((tmp_path / "statistics").glob("*/*.window_factors.safetensors"))
     assert len(files) == 2

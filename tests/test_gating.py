@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -271,11 +272,33 @@ def test_random_numbers_of_the_process_are_neither_used_nor_moved(allocate, reci
     assert first == second
 
 
+@pytest.mark.parametrize("constant", ["LOSS", "STEPS", "DECAYS"])
+def test_another_walk_is_another_result(constant, recipe, tmp_path, monkeypatch):
+    """What was learned is found again only by whoever would learn the same."""
+    monkeypatch.setattr(gating, "STEPS", dict.fromkeys(gating.STEPS, 1))
+    run(prepare(recipe("gates"), tmp_path / "first"), statistics=tmp_path / "statistics")
+    other = {"LOSS": {"gates": "another"}, "STEPS": {"gates": 2}, "DECAYS": (0.8, 0.99)}
+    monkeypatch.setattr(gating, constant, other[constant])
+    run(prepare(recipe("gates"), tmp_path / "second"), statistics=tmp_path / "statistics")
+    assert len(list(tmp_path.glob("statistics/*/learned.*.json"))) == 2
+
+
 @every_allocator
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_what_makes_no_factors_is_refused(allocate, method, recipe, tmp_path):
-    with pytest.raises(RecipeError, match="learns the ranks of linears"):
-        run(prepare(recipe(allocate, method=method), tmp_path / "out"))
+@pytest.mark.parametrize("method", ["rtn", "gptq", "joint_rank"])
+def test_what_makes_no_factors_is_refused_before_any_work(allocate, method, recipe, tmp_path):
+    asked = recipe(allocate, method=method)
+    after = replace(asked, step=[MethodStep("svd", keep=0.5, target=["mlp"]), *asked.step])
+    for one in (asked, after):
+        with pytest.raises(RecipeError, match="learns the ranks of linears"):
+            prepare(one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@every_allocator
+def test_a_model_without_predictions_is_refused_before_any_work(allocate, model_folder, recipe, tmp_path):
+    headless = str(model_folder("llama", "LlamaModel"))
+    with pytest.raises(RecipeError, match="no head"):
+        prepare(replace(recipe(allocate), model=headless), tmp_path / "out")
 
 
 @every_allocator
@@ -286,7 +309,7 @@ def test_caches_and_too_little_text_are_refused(allocate, model_folder, text_fil
         (MethodStep("svd_llm", keep=0.6, allocate=allocate), few, "two windows"),
     ):
         with pytest.raises(RecipeError, match=said):
-            run(prepare(Recipe(str(model_folder()), [step], text), tmp_path / said))
+            prepare(Recipe(str(model_folder()), [step], text), tmp_path / said)
 
 
 def test_a_loss_that_is_not_finite_is_named(monkeypatch):

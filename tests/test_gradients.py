@@ -214,8 +214,8 @@ def test_loud_and_quiet_tokens_are_brought_within_reason():
 
 def test_the_model_is_left_without_hooks_and_gradients(case, monkeypatch):
     tried, seen = case(), []
-    usual = gradients._whole
-    monkeypatch.setattr(gradients, "_whole", lambda *arguments: seen.append(usual(*arguments)) or seen[0])
+    usual = gradients.whole_model
+    monkeypatch.setattr(gradients, "whole_model", lambda *arguments: seen.append(usual(*arguments)) or seen[0])
     before = torch.is_grad_enabled()
     with torch.no_grad():
         gathered(tried)
@@ -253,7 +253,7 @@ def test_a_body_without_a_head_is_refused(tmp_path):
 
 def broken(tried: Case, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
     """The last linear does something else on the way forward."""
-    usual = gradients._whole
+    usual = gradients.whole_model
 
     def whole(*arguments: object) -> nn.Module:
         model = usual(*arguments)
@@ -261,7 +261,7 @@ def broken(tried: Case, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tenso
         linear.register_forward_hook(lambda module, arguments, out: change(out))
         return model
 
-    monkeypatch.setattr(gradients, "_whole", whole)
+    monkeypatch.setattr(gradients, "whole_model", whole)
 
 
 def test_a_gradient_that_is_not_finite_names_its_site(case, monkeypatch):

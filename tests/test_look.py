@@ -9,14 +9,19 @@ import pytest
 import torch
 
 from tersely import demo
+from tersely.anatomy import Site, anatomy_of
 from tersely.catalogue import PLAIN_SECTIONS, SECTIONS, catalogue, catalogue_text, field_docstrings
+from tersely.checkpoint import open_source
 from tersely.cli import main
 from tersely.estimate import estimate, estimate_table
 from tersely.pipeline import compress, load
+from tersely.prepare import statistic_bytes
 from tersely.recipe import recipe_from
 from tersely.report.comparison import comparison_page
 from tersely.report.page import page
 from tersely.report.rows import Report, format_value
+from tersely.stats import STATISTICS, Stats, keyed_by
+from tersely.stats.windows import KEPT
 from tersely.tables import TABLES
 
 DEMO = Path(demo.__file__).parent / "assets" / "demo"
@@ -104,6 +109,37 @@ def test_an_estimate_grows_with_what_is_asked(monkeypatch):
     assert block.seconds > none.seconds
     assert none.disk_bytes > block.disk_bytes  # statistics are spilled
     assert estimate(asked(method="svd")).memory_bytes < block.memory_bytes  # no stream, no statistics
+
+
+def test_statistics_are_forecast_as_large_as_they_are():
+    site, x = Site("site", "mlp.up", 0, "in", 10, 24, bias=False, transposed=False), torch.rand(40, 2, 6, 240)
+    for kind in STATISTICS.values():
+        width = {"output": 10, "flat": 240}.get(keyed_by(kind), 24)
+        seen = Stats({kind: kind(width)})
+        seen.update(x[..., :width])
+        largest = sum(tensor.nbytes for tensor in seen[kind].state().values())
+        assert statistic_bytes(kind, site, 6) == pytest.approx(largest, abs=800), kind  # a few counts
+
+
+def test_disk_holds_what_is_spilled_and_every_gradient():
+    greedy, streamed = {"propagate": "none", "allocate": "greedy"}, {"propagate": "block"}
+    reads = {site.reads: site.in_features for site in anatomy_of(open_source(DEMO).skeleton()).sites}
+    plain, windows = (estimate(asked(method=method, **greedy)).disk_bytes for method in ("svd_llm", "dobi"))
+    assert windows - plain == sum(4 * KEPT * min(256, width) * width for width in reads.values())
+    plain, gradients = (estimate(asked(method=method, **streamed)) for method in ("svd_llm", "zs_svd"))
+    # float64 beside float32, and counts
+    assert gradients.disk_bytes - plain.disk_bytes == pytest.approx(2 * plain.touched_bytes, abs=1000)
+    refined = estimate(asked(**streamed, refine={}))
+    assert refined.disk_bytes - plain.disk_bytes == plain.model_bytes
+    assert refined.memory_bytes > plain.memory_bytes
+
+
+def test_memory_holds_the_model_on_which_ranks_are_learned():
+    plain = estimate(asked(propagate="none", allocate="greedy"))
+    model, weights = plain.memory_bytes + plain.model_bytes, plain.touched_bytes
+    assert estimate(asked(propagate="none", allocate="dobi")).memory_bytes > model
+    # factors of full rank are twice as large as a square weight, and always larger than the weight
+    assert estimate(asked(propagate="none", allocate="gates")).memory_bytes > model + weights
 
 
 def test_the_measured_peak_of_disk_stays_below_the_estimate(tmp_path):

@@ -115,6 +115,17 @@ def test_without_an_inverse_it_is_the_whitened_form_whatever_the_root(shape):
 
 
 @every_shape
+def test_of_few_tokens_it_says_what_a_pseudo_inverse_of_the_root_would(shape):
+    """SVD-LLM V2 takes Λ^-½ of the directions that were observed; elsewhere nobody looks."""
+    weight, x = normal(*shape), correlated(shape[1], tokens=7)
+    values, vectors = (part[..., -7:] for part in torch.linalg.eigh(x.T @ x / 7))
+    u, s, vh = torch.linalg.svd(weight @ vectors * values.sqrt(), full_matrices=False)
+    for rank in (1, 3, 6):
+        theirs = u[:, :rank] * s[:rank] @ vh[:rank] / values.sqrt() @ vectors.T
+        assert close(x @ WHITENED.compress(weight, observed(x), rank).to_dense().T, x @ theirs.T)
+
+
+@every_shape
 def test_no_method_of_the_same_rank_loses_less_than_whitening(shape):
     weight, x, stats = case(shape)
     others = [PlainSVD(), *(ChannelScaledSVD(alpha, scale) for alpha in (0.5, 1.0) for scale in ("mean", "max"))]

@@ -89,3 +89,13 @@ def test_a_method_may_truncate_by_it():
     for wrong in ({"power": 0}, {"power": 2, "update": True}):
         with pytest.raises(RecipeError, match="power"):
             WhitenedSVD(**wrong)
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_taken_as_they_are(shape, dtype):
+    weight, metric = case(shape)
+    half = weight.to(dtype)
+    found, exact = leading_basis(half, metric, 8, 3), output_basis(half, metric)
+    assert found.left_over()[0].item() == pytest.approx(exact.left_over()[0].item(), rel=1e-6)
+    assert torch.equal(found.left_over(), leading_basis(half.float(), metric, 8, 3).left_over())

@@ -243,3 +243,12 @@ def test_the_round_trip_hardly_moves_the_reference_model(tmp_path):
         evaluate(folder, texts, length=256, windows=8)["texts"][0]["perplexity"] for folder in (model, tmp_path / "out")
     )
     assert abs(after / before - 1) < 0.02
+
+
+def test_in_float16_a_small_weight_loses_no_more_than_a_large_one():
+    weight, x = normal(64, 64) / 16, normal(8, 64, seed=1).half()
+    for size in (1.0, 1e-4):
+        small = (weight * size).half()
+        module = RemappedLinear.of(small, directions(small.double()))
+        exact = x.double() @ module.to_dense().double().T
+        assert (module(x).double() - exact).norm() < 2e-3 * exact.norm()

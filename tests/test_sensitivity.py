@@ -29,7 +29,7 @@ from tersely.sensitivity import SKIPPED, TEMPERATURE, WINDOWS, Laboratory
 from tersely.stats import Stats
 from tersely.targets import SiteTarget
 
-MEASURING = sorted(name for name, allocator in ALLOCATORS.items() if allocator.measures in ("similarity", "kl", "loss"))
+MEASURING = sorted(name for name, allocator in ALLOCATORS.items() if allocator.measures and not allocator.learns)
 
 
 def windows_of(count: int = 5, length: int = 16) -> Tensor:
@@ -318,7 +318,7 @@ def test_a_perplexity_is_a_budget_of_its_own():
     assert MethodStep("svd", perplexity=20).has_budget
 
 
-LEARNING = sorted(name for name, entry in ALLOCATORS.items() if entry.measures in ("gates", "truncation"))
+LEARNING = sorted(name for name, entry in ALLOCATORS.items() if entry.learns)
 
 
 @pytest.mark.parametrize("allocate", LEARNING)

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from families import tiny_batch, tiny_model
-from tersely.allocate import curve_of
+from tersely.allocate import curve_of, uniform
 from tersely.anatomy import Site, Unit, anatomy_of, depth_units, reading_units
 from tersely.calibrate import Blocks, Replay
 from tersely.checkpoint import open_source
 from tersely.errors import CheckpointError, RecipeError
 from tersely.export import export
+from tersely.gradients import gather
 from tersely.hf import manifest_config
 from tersely.kinds import (
     Kind,
@@ -47,7 +50,10 @@ from tersely.methods.low_rank.joint import JointRank
 from tersely.pipeline import Result, load, run
 from tersely.prepare import prepare
 from tersely.recipe import recipe_from
-from tersely.stats import Gram, Stats
+from tersely.stats import Fisher, Gram, MeanGradient, Stats
+from tersely.train.relax.adapter import Adapter
+from tersely.train.relax.full import Full
+from tersely.train.standing import harden, relax_sites
 from tersely.verify import verify
 from test_resume import Kill, contents
 
@@ -567,6 +573,36 @@ def test_the_pooled_loss_is_what_was_dropped_and_predicted_is_what_each_loses_on
     assert options[-1].error < 1e-9 * options[0].error
 
 
+def test_shared_bases_and_coefficients_are_those_of_the_paper():
+    """Basis S⁻¹ U_k Σ_k and coefficients V_kᵀ of U Σ Vᵀ = S [W_1 W_2], weights as [in, out] and SᵀS the pooled Gram
+    matrix."""
+    unit = unit_of((7, 9), (7, 9), role="depth")
+    weights = {role: normal(7, 9, seed=i) for i, role in enumerate("ab")}
+    stats = {role: seen(9, seed=5 + i) for i, role in enumerate("ab")}
+    root = torch.linalg.cholesky(stats["a"][Gram].mean() + stats["b"][Gram].mean()).T
+    u, s, vh = torch.linalg.svd(root @ torch.cat([weight.T for weight in weights.values()], 1), full_matrices=False)
+    for rank in (1, 4, 8):
+        made = BasisSharing(damping=0.0).compress(unit, weights, {}, stats, rank)
+        basis = torch.linalg.solve(root, u[:, :rank] * s[:rank])
+        for role, coefficients in zip("ab", vh[:rank].split(7, dim=1), strict=True):
+            assert off(made[role].to_dense(), (basis @ coefficients).T) < 1e-9
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8])
+def test_a_shared_rank_is_that_of_the_papers(keep):
+    """⌊ρ n Σm / (n + Σm)⌋: two square weights 2ρd/3, gate and up 2ρfd / (2f + d), g blocks ρ n m g / (n + m g)."""
+    for shapes in (((32, 32),) * 2, ((20, 32),) * 3, ((88, 32),) * 2, ((32, 32), (8, 32), (8, 32))):
+        rows, width = sum(shape[0] for shape in shapes), 32
+        wanted = int(Fraction(str(keep)) * rows * width / (rows + width))
+        for method, unit in (
+            (JointRank(share="all", compare=False), unit_of(*shapes)),
+            (BasisSharing(layers=len(shapes)), unit_of(*shapes, role="depth")),
+        ):
+            curve = curve_of("unit", method.sizes(unit, 2), rows * width * 2)
+            plan = uniform([curve], int(Fraction(str(keep)) * rows * width * 2))
+            assert plan.choices["unit"].amount == wanted
+
+
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -717,3 +753,80 @@ def test_an_adapter_heals_a_shared_model(result, text_file, tmp_path):
     assert all(check.passed for check in verify(done.out))
     owners = [name for name, part in load(done.out).named_modules() if isinstance(part, SharedLinear) and part.owner]
     assert owners and all(owner.endswith(".terms.0") for owner in owners)
+
+
+@pytest.mark.parametrize("pivot", [False, True])
+def test_each_factor_of_a_shared_model_heals_by_itself(pivot):
+    """`down` with its owner, whoever else is named; after it the group is still one."""
+    model, _, made = sharing(pivot=pivot)
+    batch = tiny_batch()
+    with torch.no_grad():
+        before = model(**batch).logits
+    stored = sum(kind.nbytes() for kind in made.values())
+    for factor in ("rest" if pivot else "up", "down"):
+        generator = torch.Generator().manual_seed(0)
+        relaxed = relax_sites(model, list(made), Adapter(rank=2, factors=(factor,)), {}, generator)
+        trained = {name for name, module in relaxed.items() if module.groups()["adapters"]}
+        assert factor != "down" or trained == {name for name, kind in made.items() if kind.owner}
+        torch.testing.assert_close(model(**batch).logits, before)
+        with torch.no_grad():
+            for parameter in (p for module in relaxed.values() for p in module.groups()["adapters"]):
+                parameter.add_(0.01)
+            after = model(**batch).logits
+            harden(model, relaxed)
+            torch.testing.assert_close(model(**batch).logits, after, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(after, before, rtol=1e-4, atol=1e-4)
+        before = model(**batch).logits.detach()
+    now = [model.get_submodule(name) for name in made]
+    assert sum(kind.nbytes() for kind in now) == stored and len(downs(model)) == 4
+
+
+def test_numbers_that_others_compute_with_do_not_train_in_another_dtype():
+    names = [ATTENTION.format(0, role) for role in "qkv"]
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(RecipeError, match=f"shared with other linears, which compute with it in {dtype}"):
+            relax_sites(sharing(dtype)[0], names, Full(), {}, torch.Generator())
+    model, _, _ = sharing()
+    relax_sites(model, names, Full(), {}, torch.Generator())
+    model(**tiny_batch()).logits.sum().backward()
+
+
+@pytest.mark.parametrize("pivot", [False, True])
+def test_all_numbers_of_a_shared_model_train_in_float32(pivot):
+    model, _, made = sharing(pivot=pivot)
+    relaxed = relax_sites(model, list(made), Full(), {}, torch.Generator())
+    before = model(**tiny_batch()).logits
+    before.sum().backward()
+    assert all(p.grad is not None for module in relaxed.values() for p in module.groups()["weights"])
+    assert sum(module.bits().item() for module in relaxed.values()) == 8 * sum(kind.nbytes() for kind in made.values())
+    harden(model, relaxed)
+    torch.testing.assert_close(model(**tiny_batch()).logits, before)
+
+
+@pytest.mark.parametrize("step", [JOINT, DEEP], ids=["reads", "depth"])
+def test_what_cannot_train_is_refused_before_anything_is_cut(step, model_folder, text_file, tmp_path):
+    heal = {"train": ["logits"], "relax": "full", "tokens": 256, "batch": 4, "held_out": 0}
+    asked = recipe(model_folder(), text_file, step, heal)
+    with pytest.raises(RecipeError, match=r"shared with other linears, .* in torch\.bfloat16"):
+        prepare(replace(asked, dtype="bfloat16"), tmp_path / "out")
+    prepare(asked, tmp_path / "out")
+    elsewhere = replace(asked.step[1], target=["mlp.down"])
+    prepare(replace(asked, dtype="bfloat16", step=[asked.step[0], elsewhere]), tmp_path / "out")
+
+
+def test_a_factor_of_several_blocks_has_one_gradient(result):
+    source = open_source(result("depth").out)
+    anatomy, model = anatomy_of(source.skeleton()), load(source.folder)
+    sites = [site for site in anatomy.sites if site.name.endswith((".down", ".up"))]
+    windows = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
+    felt = gather(source, anatomy, sites, [MeanGradient, Fisher], windows)
+    owners = [name for name, part in model.named_modules() if isinstance(part, SharedLinear) and part.owner]
+    assert owners and all(f"{name}.down" in felt for name in owners)
+    for name in [*felt][:8]:
+        weight, gradients = model.get_submodule(name).weight, []
+        for rows in windows:
+            loss = cross_entropy(model(rows[None]).logits[0, :-1], rows[1:], reduction="sum")
+            gradients += torch.autograd.grad(loss, weight)
+        wanted = torch.stack(gradients).double()
+        torch.testing.assert_close(felt[name][MeanGradient].mean(), wanted.mean(0).flatten() / 11, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(felt[name][Fisher].mean(), wanted.square().mean((0, 1)), rtol=1e-3, atol=1e-6)

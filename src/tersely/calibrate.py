@@ -11,7 +11,8 @@ there.
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -148,8 +149,10 @@ class Replay:
         finite.
         """
         dense: dict[str, Tensor] = {}
-        with _watching(block, inputs, dense):
+        shape = [0, 0]
+        with _watching(block, inputs, dense, shape):
             for i in range(len(self._hidden)):
+                shape[:] = self._hidden[i].shape[:2]
                 if beside is not None:
                     dense.update(beside[0]._inputs_of(beside[1], i, inputs))
                 out = self._run(block, i)
@@ -301,12 +304,21 @@ def watch_list(
 
 
 @contextmanager
-def _watching(block: nn.Module, inputs: Mapping[str, tuple[str, Stats]], dense: Mapping[str, Tensor]) -> Iterator[None]:
+def _watching(
+    block: nn.Module, inputs: Mapping[str, tuple[str, Stats]], dense: Mapping[str, Tensor], shape: Sequence[int]
+) -> Iterator[None]:
     """Statistics are updated as the block runs; `dense` holds the dense version of the present batch, if there is
-    one."""
+    one, and `shape` says how many windows of how many tokens it has."""
 
     def watch(key: str, stats: Stats) -> Any:
-        return lambda module, arguments: stats.update(arguments[0], dense.get(key))
+        def update(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            x = arguments[0]
+            # OPT's MLP reads the tokens of all windows as the rows of one matrix
+            stats.update(
+                x.unflatten(0, tuple(shape)) if x.ndim == 2 and len(x) == math.prod(shape) else x, dense.get(key)
+            )
+
+        return update
 
     hooks = [
         block.get_submodule(path).register_forward_pre_hook(watch(key, stats)) for key, (path, stats) in inputs.items()

@@ -2,25 +2,29 @@
 
 Sizes are exact.  Memory counts what is held at the worst moment: one block and its compressed twin, the hidden states
 of all windows, the statistics of one block, and the largest factorisation; beside these the whole model, where it is
-measured or gradients are gathered.  Time counts floating-point operations and divides by what this machine reaches on
-two small probes, a product and an eigenproblem; expect it within a factor of two.
+measured, where ranks are learned on it, or where gradients are gathered.  Time counts floating-point operations and
+divides by what this machine reaches on two small probes, a product and an eigenproblem; expect it within a factor of
+two.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.table import Table
 
-from tersely import gradients, planning, sensitivity
+from tersely import gating, gradients, planning, sensitivity
+from tersely.allocate import Learned
+from tersely.allocate.search import RATIOS
 from tersely.anatomy import Site
 from tersely.calibrate import TOKENS_AT_ONCE
-from tersely.prepare import Examined, examine, seeks
+from tersely.checkpoint import Source
+from tersely.prepare import Examined, examine, learns, measures, seeks, statistic_bytes
 from tersely.recipe import CacheStep, MethodStep, Recipe, TrainStep
 from tersely.report.rows import format_value
-from tersely.stats import Statistic, keyed_by
+from tersely.stats import Gram, Statistic, keyed_by
 from tersely.tables import build_allocator
 from tersely.text import window_length
 
@@ -123,13 +127,33 @@ def _memory(recipe: Recipe, found: Examined) -> int:
     hidden = source.config.get_text_config().hidden_size
     stream = _tokens(recipe, found) * hidden * itemsize
     first = [site for site in anatomy.sites if site.block == 0]
-    grams = sum({s.reads: DOUBLE * s.in_features**2 for s in first}.values()) if stream else 0
+    grams = _observed(recipe, found) if stream else 0
     widest = max(max(s.in_features, s.out_features) for s in first)
     batch = 4 * TOKENS_AT_ONCE * widest * itemsize if stream else 0
     work = max(
         DOUBLE * (3 * s.in_features * s.out_features + 3 * min(s.in_features, s.out_features) ** 2) for s in first
     )
-    return PROCESS + outside + 2 * block + stream + grams + max(batch, work) + _at_once(recipe, found)
+    refined = _refining(recipe, block // itemsize, hidden * itemsize, source)
+    return PROCESS + outside + 2 * block + stream + grams + max(batch, work) + refined + _at_once(recipe, found)
+
+
+def _observed(recipe: Recipe, found: Examined) -> int:
+    """Statistics of the inputs of one block, or of as many as a target reaches over."""
+    length = window_length(found.source.config, recipe.calibration.length)
+    kinds: set[type[Statistic]] = {Gram, *(kind for target in found.targets for kind in target.needs)}
+    sites = {site.reads: site for site in found.anatomy.sites if site.block == 0}.values()
+    of_block = sum(statistic_bytes(kind, site, length) for kind in kinds if keyed_by(kind) == "input" for site in sites)
+    return of_block * max((len({site.block for site in t.sites}) for t in found.targets), default=1)
+
+
+def _refining(recipe: Recipe, block: int, state: int, source: Source) -> int:
+    """Two streams more, and of every number of a block its master, gradient, two moments and the best so far.
+
+    `block`: numbers in it; `state`: bytes of a hidden state."""
+    steps = [step for step in recipe.step if isinstance(step, MethodStep) and step.refine is not None]
+    samples = max((s.refine.samples or recipe.calibration.samples for s in steps if s.refine is not None), default=0)
+    length = window_length(source.config, recipe.calibration.length)
+    return 2 * samples * length * state + 5 * 4 * block if steps else 0
 
 
 def _at_once(recipe: Recipe, found: Examined) -> int:
@@ -137,20 +161,34 @@ def _at_once(recipe: Recipe, found: Examined) -> int:
     and the statistics of all blocks."""
     source, step = found.source, recipe.step[0]
     kinds = {kind for target in found.targets for kind in target.needs if keyed_by(kind) != "input"}
-    measured = isinstance(step, MethodStep | CacheStep) and build_allocator(step.allocate).measures in ("kl", "loss")
+    measured = measures(step) in ("kl", "loss")
     needed = 0
     if kinds:
         sites = _sites(found)
-        gathered = sum(DOUBLE * _numbers(kind, site) for kind in kinds for site in sites)
+        gathered = sum(statistic_bytes(kind, site, gradients.TOKENS_AT_ONCE) for kind in kinds for site in sites)
         batch = gradients.TOKENS_AT_ONCE * sum(site.in_features + site.out_features for site in sites)
         needed = source.nbytes() + gathered + batch * source.dtype.itemsize
-    return max(needed, source.nbytes() if measured else 0, 2 * source.nbytes() if seeks(step) else 0)
+    plans = 2 * source.nbytes() if seeks(step) else 0
+    return max(needed, source.nbytes() if measured else 0, plans, _learning(recipe, found))
 
 
-def _numbers(kind: type[Statistic], site: Site) -> int:
-    """In a statistic of the gradients of a site."""
-    of_weight = {"weight": site.in_features, "flat": site.in_features * site.out_features}
-    return of_weight.get(keyed_by(kind), site.out_features**2)
+def _learning(recipe: Recipe, found: Examined) -> int:
+    """Where an allocator learns ranks on the whole model: what takes the places of its linears, the activations of a
+    step, and the logits with what is made of them."""
+    source, what = found.source, learns(recipe.step[0])
+    if what is None:
+        return 0
+    length, itemsize = window_length(source.config, recipe.calibration.length), source.dtype.itemsize
+    windows = max(1, gating.TOKENS // length)
+    needed = 3 * 4 * windows * length * source.config.get_text_config().vocab_size
+    for site in _sites(found):
+        directions, both = min(site.in_features, site.out_features), site.in_features + site.out_features
+        needed += windows * length * (both + directions) * itemsize
+        if what == "gates":  # factors of full rank
+            needed += directions * both * itemsize
+        else:  # of every output itself, its right singular vectors and a projector
+            needed += DOUBLE * windows * (length * directions + 2 * min(length, directions) ** 2)
+    return source.nbytes() + needed
 
 
 def _seconds(recipe: Recipe, found: Examined) -> float:
@@ -170,14 +208,32 @@ def _seconds(recipe: Recipe, found: Examined) -> float:
     factorise = sum(_eigen_operations(site) for site in sites) * (1.2 if needs_curves else 1.0)
     if any(keyed_by(kind) != "input" for target in found.targets for kind in target.needs):
         forward += 6.0 * tokens * weights  # once forward, and twice as much backward
+    length = window_length(found.source.config, recipe.calibration.length)
+    measured = 2.0 * min(sensitivity.WINDOWS, recipe.calibration.samples) * length * weights
+    # of every target one option, or one for each ratio and the smallest
+    forward += measured * len(found.targets) * {"kl": 1, "loss": 1 + len(RATIOS)}.get(measures(step) or "", 0)
+    learned = _learned(learns(step), length, weights, sites)
+    forward, factorise = forward + learned[0], factorise + learned[1]
     if seeks(step):  # so many plans are made and measured
         tried = math.log2(planning.GRID)
-        length = window_length(found.source.config, recipe.calibration.length)
-        forward += tried * 2.0 * min(sensitivity.WINDOWS, recipe.calibration.samples) * length * weights
+        forward += tried * measured
         factorise += tried * sum(_eigen_operations(site) for site in sites)
     products = _rate(lambda: _product(512), 2.0 * 512**3)
     eigen = _rate(lambda: _eigen(256), EIGH * 256.0**3)
     return (forward + grams) / products + factorise / eigen
+
+
+def _learned(what: Learned | None, length: int, weights: int, sites: Sequence[Site]) -> tuple[float, float]:
+    """Operations of products and of eigenproblems where ranks are learned; every step goes forward and back."""
+    if what is None:
+        return 0.0, 0.0
+    windows, steps = max(1, gating.TOKENS // length), gating.STEPS[what]
+    held_out = gating.WINDOWS[what] // gating.HELD_OUT * length / gating.MEASURED_EVERY
+    forward = 2.0 * weights * steps * (3 * windows * length + held_out)
+    if what == "gates":  # twice as many numbers, and the dense distribution
+        return 2.0 * forward + 4.0 * weights * steps * (windows * length + held_out), 0.0
+    sides = sum(min(length, site.in_features, site.out_features) ** 3 for site in sites)
+    return forward, EIGH * steps * (windows + held_out / length) * sides
 
 
 def _eigen_operations(site: Site) -> float:

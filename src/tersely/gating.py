@@ -63,6 +63,7 @@ from tersely.anatomy import Site
 from tersely.calibrate import StatisticsStore
 from tersely.checkpoint import Source
 from tersely.errors import NumericalError, RecipeError
+from tersely.gradients import whole_model
 from tersely.journal import Journal, commit_text
 from tersely.kinds import LowRankLinear
 from tersely.linalg.stable_svd import gated
@@ -75,6 +76,9 @@ from tersely.train.data import Batches, hold_out
 Gated = Literal["truncation", "gates"]
 Shares = numpy.ndarray
 """Of every site the directions that are kept, as a share of all."""
+
+LOSS = {"truncation": "exp of the cross entropy", "gates": "divergence from the dense model"}
+"""What is minimised."""
 
 WINDOWS = {"truncation": 32, "gates": 128}
 """Calibration windows, evenly spread over those there are; the paper has 256."""
@@ -222,8 +226,10 @@ def learn(asked: Asked, what: Gated, statistics: Statistics) -> dict[str, float]
     Raises RecipeError for targets whose amounts are not ranks of factors, and for a model without predictions;
     NumericalError where a loss is not finite.
     """
+    require_windows(asked.windows)
     sites = _sites(asked)
-    told = repr((what, WINDOWS[what], HELD_OUT, TOKENS, STEPS[what], RATES, SHARPNESS, MEASURED_EVERY, asked.budget))
+    walk = LOSS[what], WINDOWS[what], HELD_OUT, TOKENS, STEPS[what], RATES, SHARPNESS, MEASURED_EVERY, DECAYS, TINY
+    told = repr((what, walk, _spendable(asked)))
     told += repr([(identity(target), [(o.amount, o.nbytes) for o in c.options]) for target, c, _ in sites])
     if asked.journal.has("learned.json"):
         found: dict[str, float] = asked.journal.read_json("learned.json")
@@ -244,11 +250,31 @@ def learn(asked: Asked, what: Gated, statistics: Statistics) -> dict[str, float]
 def check(targets: Sequence[Target]) -> None:
     """Raises RecipeError for targets whose amounts are not ranks of factors."""
     for target in targets:
-        if not isinstance(target, SiteTarget) or target.base is not None or not _makes_factors(target.method):
-            raise RecipeError(
-                f"{target.name}: this allocator learns the ranks of linears, and what the step makes of it is not two "
-                "factors; choose another one"
-            )
+        single = isinstance(target, SiteTarget) and target.base is None
+        check_method(target.name, getattr(target, "method", None), single=single)
+
+
+def check_method(name: str, method: Any, *, single: bool) -> None:
+    """Raises RecipeError unless a method makes two factors of `single` linears, whose ranks can be learned."""
+    if not single or not _makes_factors(method):
+        raise RecipeError(
+            f"{name}: this allocator learns the ranks of linears, and what the step makes of it is not two factors; "
+            "choose another one"
+        )
+
+
+def require_windows(windows: Tensor) -> None:
+    """Raises RecipeError for fewer windows than are learned on and held out.  `windows`: ``[samples, length]``."""
+    if len(windows) < 2 or windows.shape[1] < 2:
+        raise RecipeError(
+            f"this allocator learns on calibration text, and {len(windows)} windows of {windows.shape[1]} tokens came; "
+            "wanted two windows of 2 or more tokens at least"
+        )
+
+
+def _spendable(asked: Asked) -> int:
+    """Bytes for those sites that have something to choose."""
+    return asked.budget - sum(curve.dense_bytes for curve in asked.curves if len(curve.options) == 1)
 
 
 Learning = tuple[SiteTarget, Curve, Price]
@@ -279,16 +305,18 @@ def _in_plain_factors(method: Method) -> Method:
 def _learned(asked: Asked, what: Gated, sites: Sequence[Learning], statistics: Statistics) -> dict[str, float]:
     if not sites:
         return {}
-    model = _whole(asked.source, asked.device)
+    model = whole_model(asked.source, asked.device)
+    if not model.can_generate():
+        raise RecipeError(
+            f"{type(model).__name__} has no head that predicts tokens, and this allocator learns from predictions; "
+            "choose another one"
+        )
     make = {
         "truncation": lambda: _gated_outputs(model, sites),
         "gates": lambda: _gated_factors(model, sites, statistics()),
     }
     gates = make[what]()
-    for name, module in gates.items():
-        model.set_submodule(name, module)
-    fixed = sum(curve.dense_bytes for curve in asked.curves if len(curve.options) == 1)
-    surface = Surface([price for _, _, price in sites], asked.budget - fixed)
+    surface = Surface([price for _, _, price in sites], _spendable(asked))
     shares = _Descent(asked, what, model, list(gates.values()), surface).shares()
     sizes = surface.nbytes(shares)
     return {target.name: size for (target, _, _), size in zip(sites, sizes, strict=True)}
@@ -299,6 +327,7 @@ def _gated_outputs(model: Any, sites: Sequence[Learning]) -> dict[str, GatedLine
     for target, _, _ in sites:
         weight, bias = _numbers(model, target.site)
         made[target.name] = GatedOutput(weight, bias)
+        model.set_submodule(target.name, made[target.name])  # at once: the old numbers go
     return made
 
 
@@ -317,6 +346,7 @@ def _gated_factors(
                     f"{target.name}: the step's method makes {factors.name} of it where factors are gated"
                 )
             made[target.name] = GatedFactors(factors.up.weight.detach(), factors.down.weight.detach(), bias)
+            model.set_submodule(target.name, made[target.name])
     return {target.name: made[target.name] for target, _, _ in sites}
 
 
@@ -325,19 +355,6 @@ def _numbers(model: Any, site: Site) -> tuple[Tensor, Tensor | None]:
     module = model.get_submodule(site.name)
     weight = module.weight.detach()
     return (weight.T.contiguous() if site.transposed else weight), (module.bias if site.bias else None)
-
-
-def _whole(source: Source, device: str) -> Any:
-    """The dense model with all its numbers, frozen."""
-    model: Any = source.skeleton()
-    if not model.can_generate():
-        raise RecipeError(
-            f"{type(model).__name__} has no head that predicts tokens, and this allocator learns from predictions; "
-            "choose another one"
-        )
-    model.load_state_dict({name: source.tensor(name) for name in source.stored}, strict=False, assign=True)
-    model.tie_weights()
-    return model.requires_grad_(False).to(device).eval()
 
 
 class Surface:
@@ -392,10 +409,6 @@ class _Descent:
         self._surface = surface
         windows = asked.windows
         places = torch.linspace(0, len(windows) - 1, min(WINDOWS[what], len(windows))).round().long()
-        if len(places) < 2 or windows.shape[1] < 2:
-            raise RecipeError(
-                "this allocator learns on calibration text; name some, of two windows of 2 or more tokens"
-            )
         chosen = windows[places]
         self._windows, self._held_out = hold_out(chosen, max(1, len(chosen) // HELD_OUT))
         self._batches = Batches(len(self._windows), max(1, TOKENS // windows.shape[1]), seed=0)

@@ -20,6 +20,7 @@ Source: Martens and Grosse, Optimizing Neural Networks with Kronecker-factored A
 Model Search, 2026 (ICML), and their code.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ def gather(
     Raises AnatomyError for a model that predicts no next token, and for a site that no gradient reaches; NumericalError
     where the loss or a gradient is not finite.
     """
-    model = _whole(source, device)
+    model = whole_model(source, device)
     _require_causal(model, windows[:1].to(device))
     stats = {site.name: Stats({kind: kind(_width(kind, site), device) for kind in kinds}) for site in sites}
     batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
@@ -120,6 +121,8 @@ def _width(kind: type[Statistic], site: Site) -> int:
 def _add(model: Any, anatomy: Anatomy, stats: dict[str, Stats], rows: Tensor, number: int) -> None:
     """One batch of windows, forward and backward."""
     reached: set[str] = set()
+    to_come: Counter[str] = Counter()  # outputs of a linear whose gradients are still to come
+    so_far: dict[str, list[Tensor]] = {}
 
     def feel(name: str, x: Tensor, gradient: Tensor) -> None:
         if not torch.isfinite(gradient).all():
@@ -129,11 +132,14 @@ def _add(model: Any, anatomy: Anatomy, stats: dict[str, Stats], rows: Tensor, nu
             )
         reached.add(name)
         of_windows = gradient.reshape(len(rows), -1, gradient.shape[-1])
-        _show(stats[name], x.reshape(len(rows), -1, x.shape[-1]), of_windows)
+        to_come[name] -= 1
+        x = x.reshape(len(rows), -1, x.shape[-1])
+        so_far[name] = _show(stats[name], x, of_windows, so_far.pop(name, []), last=not to_come[name])
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
             if out.requires_grad:  # else it is missed, and named below
+                to_come[name] += 1
                 out.register_hook(lambda gradient: feel(name, arguments[0].detach(), gradient))
 
         return hook
@@ -165,19 +171,31 @@ def _loss(logits: Tensor, rows: Tensor) -> Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
 
 
-def _show(stats: Stats, x: Tensor, gradient: Tensor) -> None:
-    """Give every statistic of a site its rows.  x: ``[windows, length, in]``, gradient: ``[windows, length, out]``."""
+def _show(stats: Stats, x: Tensor, gradient: Tensor, so_far: list[Tensor], *, last: bool) -> list[Tensor]:
+    """Give every statistic of a site its rows.  x: ``[windows, length, in]``, gradient: ``[windows, length, out]``.
+
+    A weight that is used several times, as a factor that blocks share, has one gradient, the sum over its uses.
+    `so_far` is that of the uses before, window by window; what comes back is it with this use, unless it is the last.
+    """
     x, gradient = (t if t.dtype == torch.float64 else t.float() for t in (x, gradient))
+    in_weight = [kind for kind in stats.kinds() if keyed_by(kind) != "output"]
     for kind in stats.kinds():
         if keyed_by(kind) == "output":
             stats[kind].update(_within_reason(gradient).flatten(0, 1))
+    kept: list[Tensor] = []
+    for number, (read, felt) in enumerate(zip(x, gradient, strict=True)) if in_weight else ():
+        of_window = felt.T @ read
+        if so_far:
+            of_window += so_far[number]
+        if not last:
+            kept.append(of_window)
             continue
-        for read, felt in zip(x, gradient, strict=True):
-            of_window = felt.T @ read
+        for kind in in_weight:
             if keyed_by(kind) == "flat":  # of the mean loss, since it is the loss of no window that drifts
                 stats[kind].update(of_window.flatten()[None] / (x.shape[1] - 1))
             else:
                 stats[kind].update(of_window)
+    return kept
 
 
 def _within_reason(gradient: Tensor) -> Tensor:
@@ -191,23 +209,28 @@ def _within_reason(gradient: Tensor) -> Tensor:
     return kept * torch.where(norm > 0, wanted / norm, torch.ones_like(norm))
 
 
-def _whole(source: Source, device: str) -> Any:
-    """The model with all its numbers, frozen."""
+def whole_model(source: Source, device: str) -> Any:
+    """The model with all its numbers, frozen, as for use."""
     model: Any = source.skeleton()
     model.load_state_dict({name: source.tensor(name) for name in source.stored}, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(False).to(device)
 
 
+def require_head(model: Any) -> None:
+    """Raise AnatomyError for a model that predicts no next token; needs no numbers."""
+    if not model.can_generate():
+        raise AnatomyError(
+            f"{type(model).__name__} predicts no next token, and its gradients would be those of another loss; choose "
+            "a method that needs no gradients"
+        )
+
+
 @torch.no_grad()
 def _require_causal(model: Any, rows: Tensor) -> None:
     """Raise AnatomyError unless the model predicts each token from those before it."""
     name = type(model).__name__
-    if not model.can_generate():
-        raise AnatomyError(
-            f"{name} predicts no next token, and its gradients would be those of another loss; choose a method that "
-            "needs no gradients"
-        )
+    require_head(model)
     other = rows.clone()
     other[:, -1] = (other[:, -1] + 1) % model.get_input_embeddings().num_embeddings
     before, after = (model(tokens, use_cache=False).logits[:, :-1].float() for tokens in (rows, other))

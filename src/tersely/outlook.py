@@ -12,12 +12,15 @@ from tersely.anatomy import Anatomy, Site
 from tersely.checkpoint import Source
 from tersely.convert import attention_settings
 from tersely.errors import AnatomyError, RecipeError
+from tersely.gating import check_method
+from tersely.kinds import SharedLinear
 from tersely.kinds.attention import LINEARS, Attention
 from tersely.methods import METHODS, FormsUnits
 from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
 from tersely.steps.compressing import budget_bytes, targets_of, units_of
 from tersely.steps.training import settings_of
 from tersely.tables import build_allocator
+from tersely.train.relax.full import Full, refuse_shared
 
 
 class Outlook:
@@ -34,6 +37,8 @@ class Outlook:
             if spec["kind"] == Attention.name and spec["latent"]
             for role in ("k", "v")
         }
+        self._shared = {path for path, spec in source.manifest.items() if spec["kind"] == SharedLinear.name}
+        """Linears that have a factor together, or may come to have one."""
         self._used: dict[str, str] = {}
         """Site → what left nothing of it."""
 
@@ -62,7 +67,7 @@ class Outlook:
                 built.check(unit, attention_settings(skeleton, unit))
                 self._replace([unit.sites["o"]], ("dense",), step.name)
         elif isinstance(step, CacheStep):
-            build_allocator(step.allocate)
+            _check_allocator(step, built)
             budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)
             for unit in self._anatomy.select_units(["attention"], built.roles):
                 self._replace([unit.sites["k"], unit.sites["v"]], ("down", "up"), step.name)
@@ -76,11 +81,13 @@ class Outlook:
         packed = [n for n in places if n not in sites and not any(site.startswith(f"{n}.") for site in sites)]
         shapes = [(site.out_features, site.in_features) for site in plain]
         built.check(shapes, len(places) - len(plain), len(packed), step.bits)
+        if isinstance(built, Full) and self._shared.intersection(places):
+            refuse_shared(self._source.dtype)
         if built.leaves is not None:
             self._replace(plain, built.leaves, step.name)
 
     def _check_method(self, step: MethodStep, built: Any) -> None:
-        build_allocator(step.allocate)
+        _check_allocator(step, built)
         if step.base is None and getattr(built, "needs_base", False):
             raise RecipeError(f"step {step.name!r} compresses the difference to another checkpoint; name it as base")
         if step.base is not None and step.method not in METHODS:
@@ -97,6 +104,8 @@ class Outlook:
             units = units_of(step, built, self._anatomy)
             sites = [site for unit in units for site in unit.sites.values()]
             leaves = built.leaves if isinstance(built, FormsUnits) else ("dense",)
+            if isinstance(built, FormsUnits):  # whether they will share may be the allocator's choice
+                self._shared |= {s.name for unit in units if len(unit.sites) > 1 for s in unit.sites.values()}
         # else nobody knows how many bytes there will be; whether there is a choice of sizes is known
         if not step.has_budget or all(site.name not in self._replaced for site in sites):
             budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)
@@ -124,3 +133,10 @@ class Outlook:
             return ""
         by = ", ".join(dict.fromkeys(self._used.values()))
         return f"; of {len(self._used)} linears an earlier step ({by}) leaves nothing that could be compressed again"
+
+
+def _check_allocator(step: MethodStep | CacheStep, built: Any) -> None:
+    """Raises RecipeError for an allocator that does not exist, and for one that learns ranks where there are none."""
+    if build_allocator(step.allocate).learns is not None:
+        single = isinstance(step, MethodStep) and step.method in METHODS and step.base is None
+        check_method(f"step {step.name!r}", built, single=single)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tersely import gating
-from tersely.allocate import Choice, Curve, Measured, Measures, Plan, curve_of
+from tersely.allocate import Choice, Curve, Learned, Measured, Measures, Plan, curve_of
 from tersely.calibrate import Blocks
 from tersely.errors import NumericalError, RecipeError
 from tersely.job import Clock, Job, as_weight, dense_statistics
@@ -159,8 +159,8 @@ def _perplexity(job: Job, blocks: Blocks, laboratory: Laboratory, plan: Plan) ->
 def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | None) -> tuple[list[Curve], Measures]:
     """What an allocator goes by: the curve of every target, and what it has the model measured for."""
     itemsize = job.source.dtype.itemsize
-    learns = job.allocator.measures in ("gates", "truncation")
-    if learns:
+    what = job.allocator.learns
+    if what is not None:
         gating.check(job.targets)  # before anything is swept
     harm: dict[str, dict[int, float]] = {}
     if job.allocator.needs_errors:
@@ -185,9 +185,9 @@ def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | No
     else:
         curves = size_curves(job.targets, itemsize)
     learned = {}
-    if learns:
+    if what is not None:
         with clock("learn"):
-            learned = _learned(job, blocks, curves)
+            learned = _learned(job, blocks, curves, what)
     similarity = {}
     if laboratory is not None and job.allocator.measures == "similarity":
         with clock("measure"):
@@ -196,11 +196,10 @@ def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | No
     return curves, Measures(similarity, harm, learned)
 
 
-def _learned(job: Job, blocks: Blocks, curves: Sequence[Curve]) -> dict[str, float]:
+def _learned(job: Job, blocks: Blocks, curves: Sequence[Curve], what: Learned) -> dict[str, float]:
     """The bytes of every site, learned for the job's budget."""
-    assert job.windows is not None  # the laboratory has refused a job without text
-    what = job.allocator.measures
-    if job.budget is None or what not in ("gates", "truncation"):
+    assert job.windows is not None  # text is read for every allocator that learns
+    if job.budget is None:
         raise RecipeError("this allocator learns a division of one size; ask for a size, not for a perplexity")
     asked = gating.Asked(
         job.source, job.windows, job.device, job.journal, job.store, job.targets, curves, job.budget, job.progress

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tersely.anatomy import Anatomy, anatomy_of
+from tersely.allocate import Learned, Measured
+from tersely.anatomy import Anatomy, Site, anatomy_of
 from tersely.calibrate import Windows, read_windows
 from tersely.checkpoint import (
     ForeignNamesError,
@@ -28,15 +29,19 @@ from tersely.checkpoint import (
 )
 from tersely.errors import CheckpointError, RecipeError, TerselyError
 from tersely.evaluation.perplexity import cut, require_causal
+from tersely.gating import require_windows
+from tersely.gradients import require_head
 from tersely.journal import Journal
 from tersely.outlook import Outlook
 from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe, Step, TrainStep
 from tersely.refine import Refining
 from tersely.settings import Refinement
+from tersely.stats import Gram, Statistic, WindowFactors, keyed_by
+from tersely.stats.windows import KEPT
 from tersely.steps.compressing import OVERHEAD, OVERHEAD_PER_SITE, base_of, budget_bytes, spills, targets_of
 from tersely.tables import build, build_allocator
 from tersely.targets import Target
-from tersely.text import read_text
+from tersely.text import read_text, window_length
 from tersely.train.data import hold_out
 
 if TYPE_CHECKING:
@@ -44,6 +49,9 @@ if TYPE_CHECKING:
 
 ALL_WINDOWS = 2**31
 """As many windows as a text has."""
+
+PREDICTIONS = ("kl", "loss")
+"""What allocators measure on the model's predictions."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +151,10 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     journal.check(fresh=fresh)
     found = examine(recipe, journal.renamed)
     _check_evaluation(recipe, tokenizer, found)
-    if any(isinstance(step, TrainStep) or seeks(step) for step in recipe.step):
+    if any(isinstance(step, TrainStep) or seeks(step) or predicts(step) for step in recipe.step):
         require_causal(found.source.skeleton())
+    if any(keyed_by(kind) != "input" for built in found.objects for kind in getattr(built, "needs", ())):
+        require_head(found.source.skeleton())
     windows, warnings = None, list(found.source.warnings())
     first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
     if found.anatomy.needs_first_token and first_token is None:
@@ -153,6 +163,8 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
         windows = read_windows(recipe.calibration, tokenizer, config, recipe.seed, first_token)
         widest = max((site.in_features for site in found.anatomy.sites), default=0)
         warnings += [w for w in (windows.shortage(widest),) if w]
+        if any(learns(step) for step in recipe.step):
+            require_windows(windows.tokens)
     texts_of = {
         number: read_windows(
             replace(recipe.calibration, source=sources, **_which_windows(recipe, recipe.step[number])),
@@ -194,8 +206,23 @@ def reads_inputs(recipe: Recipe, objects: Sequence[Any]) -> bool:
         refined
         or any(seeks(step) for step in recipe.step)
         or any(getattr(built, "needs", ()) for built in objects)
-        or any(build_allocator(name).measures is not None for name in divided)
+        or any(build_allocator(name).reads_model for name in divided)
     )
+
+
+def measures(step: Step) -> Measured | None:
+    """What the allocator of a step asks the model for."""
+    return build_allocator(step.allocate).measures if isinstance(step, MethodStep | CacheStep) else None
+
+
+def learns(step: Step) -> Learned | None:
+    """What the allocator of a step learns on the model."""
+    return build_allocator(step.allocate).learns if isinstance(step, MethodStep | CacheStep) else None
+
+
+def predicts(step: Step) -> bool:
+    """Whether the allocator of a step reads the model's predictions."""
+    return measures(step) in PREDICTIONS or learns(step) is not None
 
 
 def seeks(step: Step) -> bool:
@@ -216,13 +243,33 @@ def disk_needed(recipe: Recipe, source: Source, targets: Sequence[Target]) -> in
     sites = [site for target in targets for site in target.sites]
     first = recipe.step[0]
     spilled = isinstance(first, MethodStep | CacheStep) and spills(first, targets)
-    grams = sum({site.reads: 8 * site.in_features**2 for site in sites}.values()) if spilled else 0
+    length = recipe.calibration.length or window_length(source.config)  # whether it fits is told where text is read
+    kinds: set[type[Statistic]] = {Gram, *(kind for target in targets for kind in target.needs)}
+    of_inputs = {(site.reads, kind): site for site in sites for kind in kinds if keyed_by(kind) == "input" and spilled}
+    statistics = sum(statistic_bytes(kind, site, length) for (_, kind), site in of_inputs.items())
+    # those of gradients are gathered at once and always lie on disk
+    of_gradients = [kind for kind in kinds if keyed_by(kind) != "input"]
+    statistics += sum(statistic_bytes(kind, site, length) for kind in of_gradients for site in dict.fromkeys(sites))
     # the state of the optimiser: the weights it trains, and two moments in float32
     trains = any(isinstance(step, TrainStep) for step in recipe.step)
     training = 3 * 4 * sum(source.elements(n) for n in source.stored) if trains else 0
     renamed = source.nbytes() if source.carried_from != source.folder else 0
     steps = len(recipe.step)
-    return renamed + steps * (source.nbytes() + touched) + grams + training + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
+    # what refinement has trained outside of the targets
+    refined = source.nbytes() if any(isinstance(s, MethodStep) and s.refine is not None for s in recipe.step) else 0
+    made = renamed + steps * (source.nbytes() + touched) + refined
+    return made + statistics + training + OVERHEAD + OVERHEAD_PER_SITE * len(sites)
+
+
+def statistic_bytes(kind: type[Statistic], site: Site, length: int) -> int:
+    """Bytes of a statistic of a site, or of its input, in memory and on disk; at most, for windows of that length."""
+    width = {"output": site.out_features, "flat": site.out_features * site.in_features}.get(
+        keyed_by(kind), site.in_features
+    )
+    if kind is WindowFactors:
+        return 4 * KEPT * min(length, width) * width
+    open_window = 8 * length * width if getattr(kind, "by_window", False) else 0
+    return sum(tensor.nbytes for tensor in kind(width, "meta").state().values()) + open_window
 
 
 def identity(recipe: Recipe, folders: Sequence[Path], texts: Sequence[str]) -> str:

@@ -89,7 +89,8 @@ class Laboratory:
 
     def similarity(self, blocks: Blocks) -> list[float]:
         """Of every block the mean cosine, over tokens, of what it is given and what it returns."""
-        found: list[float] = self._remembered("similarity.json", "similarity", lambda: self._similarities(blocks))
+        told = repr(("similarity", WINDOWS))
+        found: list[float] = self._remembered("similarity.json", told, lambda: self._similarities(blocks))
         return found
 
     def harm(

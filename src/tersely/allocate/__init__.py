@@ -7,19 +7,9 @@ allocator declares, and the runner measures it.
 """
 
 from tersely.allocate.balance import zero_sum
-from tersely.allocate.base import (
-    POINTS,
-    UNMEASURED,
-    Allocator,
-    Choice,
-    Curve,
-    Measured,
-    Measures,
-    Plan,
-    Spectrum,
-    curve_of,
-)
-from tersely.allocate.learned import learned
+from tersely.allocate.base import POINTS, Allocator, Choice, Curve, Plan, Spectrum, curve_of
+from tersely.allocate.learned import consensus, learned
+from tersely.allocate.measures import UNMEASURED, Learned, Measured, Measures
 from tersely.allocate.optimum import STATES, greedy, knapsack, lems, lems_probe, total
 from tersely.allocate.search import ratio_probes, sensitivity
 from tersely.allocate.shares import block_influence, effective_rank, importance, svd_llm_v2, uniform
@@ -32,12 +22,20 @@ ALLOCATORS: dict[str, Allocator] = {
         "Lin et al., 2024, MoDeGPT: Modular Decomposition (arXiv 2408.09632)",
         measures="similarity",
     ),
+    "consensus": Allocator(
+        consensus,
+        True,
+        "halfway between what lems measures and what gates learns",
+        measures="kl",
+        probes=lems_probe,
+        learns="gates",
+    ),
     "dobi": Allocator(
         learned,
         False,
         "ranks learned by gradient descent through truncated outputs (Dobi-SVD)",
         "Wang et al., 2025, Dobi-SVD: Differentiable SVD for LLM Compression (arXiv 2502.02723)",
-        measures="truncation",
+        learns="truncation",
     ),
     "effective_rank": Allocator(
         effective_rank,
@@ -50,7 +48,7 @@ ALLOCATORS: dict[str, Allocator] = {
         True,
         "ranks learned by gradient descent through gates in the method's own factors",
         "Wang et al., 2025, Dobi-SVD: Differentiable SVD for LLM Compression (arXiv 2502.02723)",
-        measures="gates",
+        learns="gates",
     ),
     "greedy": Allocator(
         greedy, True, "bytes go where they avoid most of the predicted output error that can be avoided"
@@ -114,11 +112,13 @@ __all__ = [
     "Allocator",
     "Choice",
     "Curve",
+    "Learned",
     "Measured",
     "Measures",
     "Plan",
     "Spectrum",
     "block_influence",
+    "consensus",
     "curve_of",
     "effective_rank",
     "greedy",

@@ -6,10 +6,10 @@ can tell (`Measures`) is measured by the runner, for the allocators that ask for
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 
+from tersely.allocate.measures import UNMEASURED, Learned, Measured, Measures
 from tersely.option import Amount, Option
 
 POINTS = 256
@@ -97,26 +97,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What only the model tells.  A field is empty where nobody measured it, and what is known without the model
-    stands in for it: before a run, when a budget is checked.  A run measures what its allocator asks for."""
-
-    similarity: Mapping[str, float] = field(default_factory=dict)
-    """Site → mean cosine of what its block is given and what it returns."""
-    harm: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    """Site → bytes of an option → nats that the model loses when this is done to the site and to nothing else."""
-    learned: Mapping[str, float] = field(default_factory=dict)
-    """Site → bytes that gradient descent on the whole model gave it, for one budget."""
-
-
-UNMEASURED = Measures()
-
-Measured = Literal["similarity", "kl", "loss", "gates", "truncation"]
-"""`Measures.similarity`; or `Measures.harm`, as divergence from the dense model or as rise of the mean loss; or
-`Measures.learned`, with gates in the method's factors or on truncated outputs."""
-
-
-@dataclass(frozen=True)
 class Allocator:
     rule: Callable[..., Plan]
     """(curves, budget), and the measures where it asks for some."""
@@ -128,12 +108,19 @@ class Allocator:
     """What the runner has to measure; None for nothing."""
     probes: Callable[[Curve], Sequence[Option]] | None = None
     """The options of a curve at which harm is measured."""
+    learns: Learned | None = None
+    """What the runner has to learn, for one budget; None for nothing."""
     needs_drift: bool = False
     """Whether the curves must predict drifts as well, which few methods do."""
 
+    @property
+    def reads_model(self) -> bool:
+        """Whether the runner has to show the model some text for it."""
+        return self.measures is not None or self.learns is not None
+
     def divide(self, curves: Sequence[Curve], budget: int, measures: Measures = UNMEASURED) -> Plan:
         """A plan of `budget` bytes at most.  Raises RecipeError where there is none."""
-        return self.rule(curves, budget) if self.measures is None else self.rule(curves, budget, measures)
+        return self.rule(curves, budget, measures) if self.reads_model else self.rule(curves, budget)
 
 
 def curve_of(site: str, options: Iterable[Option], dense_bytes: int, *, role: str = "", tokens: int = 1) -> Curve:

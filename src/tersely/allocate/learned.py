@@ -5,6 +5,10 @@ takes its largest option within that; what rounding down leaves over goes, an op
 then lie least above what it learned, as long as something fits.  A plan is therefore below its budget by less than the
 smallest step that any site still has.
 
+`consensus`: two estimates of one thing, with errors of different kinds.  What `lems` measures is one site at a time,
+and knows nothing of how losses add up; what is learned knows that, and the calibration text a little too well.  Halfway
+between the two plans the errors of either count half.
+
 Before anything is learned every site counts as having learned the same share of itself, and the first step that does
 not fit is the last: budgets are compared then, and a larger one must not predict a larger error.  (What is learned is
 learned for one budget.)
@@ -15,8 +19,11 @@ Source: Wang et al., Dobi-SVD: Differentiable SVD for LLM Compression and Some N
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import replace
 
-from tersely.allocate.base import Curve, Measures, Plan, neediest, too_small
+from tersely.allocate.base import Curve, Plan, neediest, too_small
+from tersely.allocate.measures import Measures
+from tersely.allocate.optimum import lems
 from tersely.errors import RecipeError
 
 
@@ -56,3 +63,14 @@ def learned(curves: Sequence[Curve], budget: int, measures: Measures) -> Plan:
         elif not measures.learned:
             break
     return Plan.of(curves, [curve.options[place] for curve, place in zip(curves, places, strict=True)], budget)
+
+
+def consensus(curves: Sequence[Curve], budget: int, measures: Measures) -> Plan:
+    """Every site halfway between the bytes that `lems` gives it and those that it learned."""
+    plan = lems(curves, budget, measures)
+    if not measures.learned:
+        return plan
+    halfway = {
+        site: (choice.nbytes + measures.learned.get(site, choice.nbytes)) / 2 for site, choice in plan.choices.items()
+    }
+    return learned(curves, budget, replace(measures, learned=halfway))

@@ -29,7 +29,8 @@ from typing import NamedTuple
 
 import numpy
 
-from tersely.allocate.base import Curve, Measures, Plan, error_of, neediest, too_small, undominated
+from tersely.allocate.base import Curve, Plan, error_of, neediest, too_small, undominated
+from tersely.allocate.measures import Measures
 from tersely.errors import NumericalError, RecipeError
 from tersely.option import Option
 

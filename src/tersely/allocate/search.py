@@ -16,7 +16,8 @@ section 3.3 (arXiv 2312.05821).
 
 from collections.abc import Sequence
 
-from tersely.allocate.base import Curve, Measures, Plan, error_of, neediest, too_small
+from tersely.allocate.base import Curve, Plan, error_of, neediest, too_small
+from tersely.allocate.measures import Measures
 from tersely.allocate.optimum import avoidable
 from tersely.errors import RecipeError
 from tersely.option import Option

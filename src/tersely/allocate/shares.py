@@ -43,7 +43,8 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
-from tersely.allocate.base import Curve, Measures, Plan, error_of, neediest, too_small
+from tersely.allocate.base import Curve, Plan, error_of, neediest, too_small
+from tersely.allocate.measures import Measures
 from tersely.errors import RecipeError
 from tersely.option import Option
 

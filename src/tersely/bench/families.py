@@ -54,12 +54,13 @@ UNTRAINED = (
     Entry("modegpt", "block_influence", "block"),
     Entry("anchored_kfac", "lems", "input", {"pivot": True}),
     Entry("anchored_kfac", "gates", "input", {"pivot": True}),
+    Entry("anchored_kfac", "consensus", "input", {"pivot": True}),
 )
 
 TRAINED = (
     Entry("svd_llm", "uniform", "none", then=(LORA | {"factors": ["up"]}, LORA | {"factors": ["down"]})),
     Entry("aa_svd", "uniform", "input", {"refine": REFINE}),
-    Entry("anchored_kfac", "gates", "input", {"pivot": True, "refine": REFINE}),
+    Entry("anchored_kfac", "consensus", "input", {"pivot": True, "refine": REFINE}),
 )
 
 EIGHT_BITS = (

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tersely.errors import NumericalError, RecipeError, TerselyError
+from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
 
 LOOK, MAKE, PROVE, SHIP = "look", "make", "prove", "ship"
 
@@ -21,6 +21,9 @@ POSITIONALS = {
 
 ALONE = {"--debug", "--dry-run", "--fresh", "--speed", "--trust-remote-code"}
 """Options that take no value."""
+
+SILENTLY_INTERRUPTED = 130
+"""What the library makes of an interrupt where no work had begun, without a word."""
 
 app = typer.Typer(
     help="Makes language models smaller and proves that they still work.",
@@ -42,9 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: 0 done, 2 wrong input with nothing written, 1 failed midway.  No traceback without --debug."""
     given = spread(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        sys.exit(typer.main.get_command(app).main(given, "tersely", standalone_mode=False) or 0)
+        status = typer.main.get_command(app).main(given, "tersely", standalone_mode=False)
+        if status == SILENTLY_INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(status or 0)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; give the same command again to go on", 1)
+        _fail("interrupted; give the same command again", 1)
     except (Interrupted, NumericalError) as error:
         _fail(str(error), 1)
     except TerselyError as error:
@@ -103,6 +109,8 @@ def working() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:  # the library would end with 130 and no word
         raise Interrupted("interrupted; give the same command again to go on") from error
+    except (AnatomyError, NumericalError, RecipeError) as error:  # nothing about these is a matter of luck
+        raise Interrupted(f"{error}; the same command would end here again, so change it") from error
     except Exception as error:
         what = str(error) if isinstance(error, TerselyError) else f"{type(error).__name__}: {error}"
         raise Interrupted(f"{what}; what is done so far is kept, give the same command again to go on") from error

@@ -103,8 +103,10 @@ class RemappedLinear(LinearKind):
         self.bias = nn.Parameter(bias.detach().to(self.weight, copy=True))
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        up, scale, down = (part.to(x.dtype) for part in self.factors())
-        return functional.linear(functional.linear(x, down) * scale, up.T, self.bias)
+        up, scale, down = self.factors()
+        root = scale.sqrt()[:, None]  # half of it on either side: a whole one may be too small for a float16
+        down, up = (down * root).to(x.dtype), (up * root).to(x.dtype)
+        return functional.linear(functional.linear(x, down), up.T, self.bias)
 
     def factors(self) -> tuple[Float[Tensor, "rank out"], Float[Tensor, " rank"], Float[Tensor, "rank in"]]:
         """Output sides, scales and input sides of the components, in float32."""

@@ -46,7 +46,7 @@ def leading_basis(
     width = min(rank + max(16, round(OVERSAMPLING * rank)), rows, columns)
     # scales far from 1 would leave float32; no truncation depends on them
     sizes = _size(weight), 1.0 if metric is None else _size(metric)
-    scaled = (weight / sizes[0]).float()
+    scaled = (weight.to(torch.promote_types(weight.dtype, torch.float32)) / sizes[0]).float()
     felt = None if metric is None else (metric / sizes[1]).float()
     generator = torch.Generator(weight.device).manual_seed(seed)
     block = torch.randn(min(rows, columns), width, generator=generator, device=weight.device)

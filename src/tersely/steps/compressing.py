@@ -189,7 +189,7 @@ def _asked_bytes(step: MethodStep | CacheStep, targets: Sequence[Target], source
         return int(Fraction(str(step.keep)) * dense)  # 0.8 of 10 bytes is 8, though 0.8 in binary is not
     assert isinstance(step, MethodStep)  # only these have other budgets
     if step.perplexity is not None:
-        if build_allocator(step.allocate).measures in ("gates", "truncation"):
+        if build_allocator(step.allocate).learns is not None:
             raise RecipeError(
                 f"step {step.name!r}: the allocator {step.allocate} learns a division of one size, and a perplexity is "
                 "looked for among many; ask for a size, or choose another allocator"

@@ -99,7 +99,7 @@ def anchored_target(
     root, failed = torch.linalg.cholesky_ex(damped_gram(stats, damping))
     if failed:
         raise NumericalError(
-            f"{method}: the damped Gram matrix of {stats.tokens} tokens is not positive definite; raise damping"
+            f"{method}: the damped Gram matrix of {stats[Gram].tokens} tokens is not positive definite; raise damping"
         )
     moved = torch.cholesky_solve((weight.double() @ shift).T, root).T
     return (weight.double() + moved).to(weight.dtype)

@@ -110,7 +110,12 @@ def felt_root(stats: Stats, share: float) -> Float[Tensor, "out out"]:
     if not felt.isfinite().all():
         raise NumericalError("the gradients have entries that are not finite; calibrate in float32 or bfloat16")
     felt.diagonal().add_(FLOOR * felt.diagonal().mean())
-    root: Tensor = torch.linalg.cholesky(felt)
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(felt)
+    if failed:
+        raise NumericalError(
+            "the Gram matrix of the gradients is not positive definite; raise shrink_gradients, or give more text"
+        )
     return root
 
 

@@ -51,6 +51,9 @@ from tersely.methods.low_rank.factorise import (
 from tersely.option import Option
 from tersely.stats import Cross, Gram, Statistic, Stats
 
+MOST_POWER = 100
+"""Power iterations beyond which the whole eigenproblem is cheaper and exact."""
+
 
 @dataclass(frozen=True)
 class WhitenedSVD:
@@ -82,9 +85,10 @@ class WhitenedSVD:
     def __post_init__(self) -> None:
         check_damping("svd_llm", self.damping)
         check_storage("svd_llm", self.pivot, self.remap)
-        if self.power is not None and (self.power < 1 or self.update):
+        if self.power is not None and (not 1 <= self.power <= MOST_POWER or self.update):
             also = "; not together with update" if self.update else ""
-            raise RecipeError(f"svd_llm: power {self.power}; wanted 1 or more power iterations, or none{also}")
+            wanted = f"1 to {MOST_POWER} power iterations, or none"
+            raise RecipeError(f"svd_llm: power {self.power}; wanted {wanted}{also}")
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:

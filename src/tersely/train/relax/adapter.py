@@ -11,7 +11,8 @@ the kind `sum` of the frozen base and a low-rank update.
 Of a factorised linear, `factors` names children that get an update each, taken into them at the end: no number is
 stored more than before.  SVD-LLM heals that way, one factor after the other, since the gradient of each depends on the
 other: a step with ``factors = ["up"]``, then one with ``factors = ["down"]`` (Wang et al., 2024, section 3.3, arXiv
-2403.07378).  A linear that was left dense has no factors; its update goes into its weight.
+2403.07378).  A linear that was left dense has no factors; its update goes into its weight.  `down` of a shared factor
+is a child of its owner, and trains there alone.
 
 Differs from the authors' code: the update is held and computed in float32 or better when the model computes in less,
 because steps of Adam are smaller than a bfloat16 can resolve; A begins uniform within ±1/√in (Kaiming's with a = √5),
@@ -33,7 +34,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from tersely.errors import RecipeError
-from tersely.kinds import DenseLinear, LinearKind, LowRankLinear
+from tersely.kinds import DenseLinear, LinearKind, LowRankLinear, SharedLinear
 from tersely.kinds.sum import SumLinear
 from tersely.stats import Statistic, Stats
 from tersely.train.relax.base import Relaxed
@@ -140,7 +141,7 @@ class AdaptedFactors(Relaxed):
         super().__init__()
         children = dict(base.named_children())
         chosen = {name: children[name] for name in asked.factors if isinstance(children.get(name), nn.Linear)}
-        if not chosen:
+        if not chosen and not _in_the_group(base, asked.factors):
             linears = ", ".join(name for name, child in children.items() if isinstance(child, nn.Linear)) or "none"
             raise RecipeError(
                 f"adapter: a {type(base).__name__} has no plain linear {' or '.join(asked.factors)} that an update "
@@ -162,14 +163,20 @@ class AdaptedFactors(Relaxed):
         return deepcopy(self.base, {id(child): child.harden() for child in self._adapted()})
 
     def bits(self) -> Tensor:
-        adapted = next(iter(self._adapted()))
-        return torch.tensor(8.0 * self._bytes, device=adapted.up.device)
+        return torch.tensor(8.0 * self._bytes, device=stock(self.base).device)
 
     def _adapted(self) -> Iterator[Adapted]:
         for name in self._names:
             child = self.base.get_submodule(name)
             assert isinstance(child, Adapted)
             yield child
+
+
+def _in_the_group(base: LinearKind, factors: Sequence[str]) -> bool:
+    """Whether a member of a shared factor lacks one of these because another member stores it, or nobody has to."""
+    if not isinstance(base, SharedLinear):
+        return False
+    return ("down" in factors and not base.owner) or ("rest" in factors and base.rows == 0)
 
 
 class Dropout(nn.Module):
