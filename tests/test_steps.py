@@ -585,6 +585,11 @@ LATER: list[tuple[list[Step], str]] = [
     ([train("nipq", bits=1.0)], "bits = 1.0, but widths of 2 take"),
     ([train("adapter", bits=4.0)], "bits"),
     ([train("adapter", held_out=500)], "are to be held out, more than half"),
+    (
+        [SVD | {"pivot": True}, train("adapter", factors=["up"])],
+        "no target will have a factor 'up' to train; .* down, rest",
+    ),
+    ([{"method": "svd_llm", "keep": 0.5, "remap": True}, train("adapter", factors=["down"])], "there will be none"),
     ([FOPE | {"train_length": 1}], "none of the 4 rotary frequencies completes a turn"),
 ]
 

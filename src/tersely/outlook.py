@@ -83,6 +83,16 @@ class Outlook:
         built.check(shapes, len(places) - len(plain), len(packed), step.bits)
         if isinstance(built, Full) and self._shared.intersection(places):
             refuse_shared(self._source.dtype)
+        for factor in getattr(built, "factors", ()):
+            factorised = [name for name in places if name not in sites]
+            if not any(f"{name}.{factor}" in sites for name in factorised):
+                found = sorted(
+                    {n.rpartition(".")[2] for n in sites if n.startswith(tuple(f"{f}." for f in factorised))}
+                )
+                raise RecipeError(
+                    f"step {step.name!r}: no target will have a factor {factor!r} to train; there will be "
+                    f"{', '.join(found) or 'none'}"
+                )
         if built.leaves is not None:
             self._replace(plain, built.leaves, step.name)
 

@@ -108,6 +108,10 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     outlook = Outlook(anatomy, source)
     for number, (step, built) in enumerate(zip(recipe.step, objects, strict=True), start=1):
         outlook.check(number, step, built)
+    if any(isinstance(step, TrainStep) or seeks(step) or predicts(step) for step in recipe.step):
+        require_causal(source.skeleton())
+    if any(keyed_by(kind) != "input" for built in objects for kind in getattr(built, "needs", ())):
+        require_head(source.skeleton())
     targets: tuple[Target, ...] = ()
     budget = None
     first = recipe.step[0]
@@ -151,10 +155,6 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     journal.check(fresh=fresh)
     found = examine(recipe, journal.renamed)
     _check_evaluation(recipe, tokenizer, found)
-    if any(isinstance(step, TrainStep) or seeks(step) or predicts(step) for step in recipe.step):
-        require_causal(found.source.skeleton())
-    if any(keyed_by(kind) != "input" for built in found.objects for kind in getattr(built, "needs", ())):
-        require_head(found.source.skeleton())
     windows, warnings = None, list(found.source.warnings())
     first_token = tokenizer.bos_token_id if found.anatomy.needs_first_token else None
     if found.anatomy.needs_first_token and first_token is None:

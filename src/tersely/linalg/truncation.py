@@ -32,18 +32,14 @@ class OutputBasis:
     that a truncation would mostly throw away.
     """
 
-    energy: Float[Tensor, " known"]
-    vectors: Float[Tensor, "k known"] | None  # V, or U itself for a weight that is not tall; None if not asked for
+    energy: Float[Tensor, " k"]
+    vectors: Float[Tensor, "k k"] | None  # V, or U itself for a weight that is not tall; None if not asked for
     core: Float[Tensor, "k in"]  # R, or W itself
     reflectors: tuple[Float[Tensor, "out in"], Float[Tensor, " in"]] | None
-    behind: float = 0.0
-    """Energy beyond the known ones, of a basis that holds the leading vectors only (see `linalg.randomised`)."""
 
-    def left_over(self) -> Float[Tensor, " known_plus_one"]:
-        """Error left at rank 0, 1, ..., as many as are known, in the unit of `energy`.  Summed from the small end,
-        where accuracy is."""
-        tail = self.energy.flip(0).cumsum(0).flip(0)
-        return torch.cat([tail, tail.new_zeros(1)]) + self.behind
+    def left_over(self) -> Float[Tensor, " k_plus_one"]:
+        """Error left at rank 0, 1, ..., k, in the unit of `energy`.  Summed from the small end, where accuracy is."""
+        return tails(self.energy)
 
     def factors(self, rank: int) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """(up, down) with up · down = U_r U_rᵀ W, balanced: column i of `up` has the norm of row i of `down`.
@@ -58,9 +54,22 @@ class OutputBasis:
             reflectors, scales = self.reflectors
             padded = torch.cat([up, up.new_zeros(reflectors.shape[0] - up.shape[0], rank)])
             up = torch.ormqr(reflectors, scales, padded)
-        norm = down.norm(dim=1)
-        scale = torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
-        return up * scale, down / scale[:, None]
+        return balanced(up, down)
+
+
+def tails(energy: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_one"]:
+    """The sum from each entry on, and zero."""
+    tail = energy.flip(0).cumsum(0).flip(0)
+    return torch.cat([tail, tail.new_zeros(1)])
+
+
+def balanced(
+    up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """The same product of an orthonormal `up`; column i of it gets the norm of row i of `down`."""
+    norm = down.norm(dim=1)
+    scale = torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
+    return up * scale, down / scale[:, None]
 
 
 def covariance_of_outputs(

@@ -19,7 +19,7 @@ from tersely.errors import RecipeError
 from tersely.kinds import LinearKind, LowRankLinear, PivotedLinear, RemappedLinear
 from tersely.kinds.pivoted import pivoted_bytes
 from tersely.kinds.remapped import remapped_bytes
-from tersely.linalg.randomised import leading_basis
+from tersely.linalg.randomised import LeadingBasis, leading_basis
 from tersely.linalg.truncation import OutputBasis, covariance_of_outputs, output_basis
 from tersely.option import Amount, Option
 from tersely.stats import Gram, Stats
@@ -104,7 +104,7 @@ def left_by_remapped(
     return (whole + torch.cat([whole.new_zeros(1), (added - 2 * met).cumsum(0)])).clamp(min=0)
 
 
-def remapped(weight: Float[Tensor, "out in"], basis: OutputBasis, rank: int) -> RemappedLinear:
+def remapped(weight: Float[Tensor, "out in"], basis: OutputBasis | LeadingBasis, rank: int) -> RemappedLinear:
     """The first vectors of a basis and what belongs to them, rounded."""
     return RemappedLinear.of(weight, basis.factors(rank)[0])
 
@@ -125,7 +125,7 @@ def low_rank(
 
 
 def factorised(
-    weight: Float[Tensor, "out in"], basis: OutputBasis, rank: int, pivot: bool = False
+    weight: Float[Tensor, "out in"], basis: OutputBasis | LeadingBasis, rank: int, pivot: bool = False
 ) -> LowRankLinear | PivotedLinear:
     """U_r U_rᵀ W for the first vectors of a basis, as a module in the weight's dtype."""
     up, down = basis.factors(rank)
