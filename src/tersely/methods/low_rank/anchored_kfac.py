@@ -15,8 +15,8 @@ R is that of the dense model, the one whose loss is to be kept.  Ĝ is shrunk as
 W* takes an inverse, and only as much damping as keeps it finite.  On dense inputs, as in the sweep that makes the plan,
 W* = W and the curve is that of `kfac_svd`: errors are predicted increases of the loss.
 
-This combination is tersely's own; neither paper has it.  At equal bytes it is ahead of both at every size on the
-models that were measured (docs/lab.md).
+This combination is tersely's own; neither paper has it.  At equal bytes it was ahead of both at every size on the model
+that was measured (docs/lab.md).
 
 Source: Kumar et al., AA-SVD: Anchored and Adaptive SVD for Large Language Model Compression, 2026, section 3
 (arXiv 2604.02119); Thoma et al., Advancing SVD-based LLM Compression via Layer-Wise Error Model Search, 2026 (ICML).
