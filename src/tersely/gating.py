@@ -50,7 +50,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
@@ -58,7 +58,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tersely.allocate import Curve
+from tersely.allocate import Curve, Learned
 from tersely.anatomy import Site
 from tersely.calibrate import StatisticsStore
 from tersely.checkpoint import Source
@@ -73,7 +73,6 @@ from tersely.stats import Stats
 from tersely.targets import SiteTarget, Target, of_site
 from tersely.train.data import Batches, hold_out
 
-Gated = Literal["truncation", "gates"]
 Shares = numpy.ndarray
 """Of every site the directions that are kept, as a share of all."""
 
@@ -220,7 +219,7 @@ Statistics = Callable[[], Iterator[tuple[int, Mapping[str, Stats]]]]
 """Those of the dense model, block by block."""
 
 
-def learn(asked: Asked, what: Gated, statistics: Statistics) -> dict[str, float]:
+def learn(asked: Asked, what: Learned, statistics: Statistics) -> dict[str, float]:
     """Site → bytes that it should have; those that leave nothing to choose are missing.
 
     Raises RecipeError for targets whose amounts are not ranks of factors, and for a model without predictions;
@@ -302,7 +301,7 @@ def _in_plain_factors(method: Method) -> Method:
     return replace(method, **stored)  # type: ignore[type-var]
 
 
-def _learned(asked: Asked, what: Gated, sites: Sequence[Learning], statistics: Statistics) -> dict[str, float]:
+def _learned(asked: Asked, what: Learned, sites: Sequence[Learning], statistics: Statistics) -> dict[str, float]:
     if not sites:
         return {}
     model = whole_model(asked.source, asked.device)
@@ -401,7 +400,7 @@ class Surface:
 class _Descent:
     """Adam's walk on a surface."""
 
-    def __init__(self, asked: Asked, what: Gated, model: Any, gates: Sequence[GatedLinear], surface: Surface) -> None:
+    def __init__(self, asked: Asked, what: Learned, model: Any, gates: Sequence[GatedLinear], surface: Surface) -> None:
         self._asked = asked
         self._what = what
         self._model = model
