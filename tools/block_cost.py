@@ -20,12 +20,12 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tersely.evaluation import peak_within
 from tersely.linalg.randomised import leading_basis
 from tersely.linalg.truncation import output_basis
 
@@ -93,18 +93,6 @@ def left(weight: Tensor, up: Tensor, down: Tensor, gram: Tensor) -> float:
     return (lost / ((weight @ felt) * weight).sum(dtype=torch.float64)).item()
 
 
-def peak() -> int:
-    """Peak resident bytes since the last `forget`; Linux."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def forget() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, default=0.8)
@@ -128,9 +116,9 @@ def main() -> None:
         rank = int(asked.keep * rows * columns / (rows + columns))
         seconds, errors = {}, {}
         for way, work in ways.items():
-            forget()
-            seconds[way], up, down = timed(work, weight, grams[reads], rank)
-            highest[way] = max(highest[way], peak())
+            with peak_within() as peak:
+                seconds[way], up, down = timed(work, weight, grams[reads], rank)
+            highest[way] = max(highest[way], peak.highest or 0)
             errors[way] = left(weight, up, down, grams[reads])
             total[way] += seconds[way]
         cells = [f"{seconds[way]:.2f}" for way in ways]

@@ -44,8 +44,6 @@ Source: Wang et al., Dobi-SVD: Differentiable SVD for LLM Compression and Some N
 their code (arXiv 2502.02723).
 """
 
-import hashlib
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,11 +62,11 @@ from tersely.calibrate import StatisticsStore
 from tersely.checkpoint import Source
 from tersely.errors import NumericalError, RecipeError
 from tersely.gradients import whole_model
-from tersely.journal import Journal, commit_text
+from tersely.journal import Journal
 from tersely.kinds import LowRankLinear
 from tersely.linalg.stable_svd import gated
 from tersely.methods import Method
-from tersely.sensitivity import identity
+from tersely.sensitivity import digest_of, identity, remembered
 from tersely.stats import Stats
 from tersely.targets import SiteTarget, Target, of_site
 from tersely.train.data import Batches, hold_out
@@ -230,19 +228,13 @@ def learn(asked: Asked, what: Learned, statistics: Statistics) -> dict[str, floa
     walk = LOSS[what], WINDOWS[what], HELD_OUT, TOKENS, STEPS[what], RATES, SHARPNESS, MEASURED_EVERY, DECAYS, TINY
     told = repr((what, walk, _spendable(asked)))
     told += repr([(identity(target), [(o.amount, o.nbytes) for o in c.options]) for target, c, _ in sites])
-    if asked.journal.has("learned.json"):
-        found: dict[str, float] = asked.journal.read_json("learned.json")
-        return found
-    shared = asked.store.folder if asked.store is not None and asked.store.shared else None
-    place = None if shared is None else shared / f"learned.{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
-    if place is not None and place.exists():
-        found = json.loads(place.read_text(encoding="utf-8"))
-    else:
-        found = _learned(asked, what, sites, statistics)
-        if place is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            commit_text(place, json.dumps(found))
-    asked.journal.write_json("learned.json", found)
+    found: dict[str, float] = remembered(
+        asked.journal,
+        asked.store,
+        "learned.json",
+        f"learned.{digest_of(told)}.json",
+        lambda: _learned(asked, what, sites, statistics),
+    )
     return found
 
 

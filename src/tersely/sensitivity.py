@@ -83,7 +83,7 @@ class Laboratory:
         self._anatomy = anatomy
         self._device = device
         self._journal = journal
-        self._shared = store if store is not None and store.shared else None
+        self._store = store
         self._measured = measured
         self._identities: dict[str, str] = {}
 
@@ -152,18 +152,7 @@ class Laboratory:
             return target.compress(weights, biases, stats, amount)
 
     def _remembered(self, unit: str, told: str, measure: Callable[[], Any]) -> Any:
-        """From the journal, else from the shared store, else by measuring; `told` says what the value depends on."""
-        if not self._journal.has(unit):
-            if self._shared is None:
-                self._journal.write_json(unit, measure())
-            else:
-                digest = hashlib.sha256(told.encode()).hexdigest()[:16]
-                place = self._shared.folder / f"measured.{digest}.json"
-                if not place.exists():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    commit_text(place, json.dumps(measure()))
-                self._journal.write_json(unit, json.loads(place.read_text(encoding="utf-8")))
-        return self._journal.read_json(unit)
+        return remembered(self._journal, self._store, unit, f"measured.{digest_of(told)}.json", measure)
 
     def _similarities(self, blocks: Blocks) -> list[float]:
         replay = Replay(self._source, self._anatomy, self._windows, self._device)
@@ -291,6 +280,27 @@ def _saying(model: Any, said: Any) -> Iterator[None]:
         yield
     finally:
         del body.forward
+
+
+def remembered(
+    journal: Journal, store: StatisticsStore | None, unit: str, name: str, measure: Callable[[], Any]
+) -> Any:
+    """Plain values: from the journal's `unit`, else from the file of that name beside shared statistics, else measured
+    (and kept in both).  The name has to say what the values depend on, statistics aside."""
+    if not journal.has(unit):
+        if store is None or not store.shared:
+            journal.write_json(unit, measure())
+        else:
+            place = store.folder / name
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                commit_text(place, json.dumps(measure()))
+            journal.write_json(unit, json.loads(place.read_text(encoding="utf-8")))
+    return journal.read_json(unit)
+
+
+def digest_of(told: str) -> str:
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def identity(target: Any) -> str:

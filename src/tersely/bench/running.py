@@ -27,7 +27,7 @@ from tersely.bench.entry import Entry, Setting, trains
 from tersely.calibrate import read_windows
 from tersely.checkpoint import locate, read_config, read_tokenizer
 from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
-from tersely.evaluation import Peak, Recalled, cut, folder_bytes, measure_agreement, peak_within
+from tersely.evaluation import Peak, Recalled, Windows, cut, folder_bytes, measure_agreement, peak_within
 from tersely.job import Progress
 from tersely.journal import commit_text
 from tersely.pipeline import Result, load, run, versions
@@ -99,11 +99,9 @@ def check_bench(bench: Bench, file: Path, command: str) -> None:
     rows_so_far(file, command)
     folder = locate(bench.model, weights=False)
     config, tokenizer = read_config(folder), read_tokenizer(folder)
-    first = needs_first_token(config)
-    for text in bench.texts:
-        content = read_text(text, "evaluation")
-        cut(content, tokenizer, config, length=bench.length, first_token=first, limit=bench.windows)
-    read_windows(bench.calibration, tokenizer, config, bench.seed, tokenizer.bos_token_id if first else None)
+    _windows(bench, tokenizer, config)
+    first = tokenizer.bos_token_id if needs_first_token(config) else None
+    read_windows(bench.calibration, tokenizer, config, bench.seed, first)
     refused: list[TerselyError] = []
     jobs = list(_jobs(bench))
     for entry, size in jobs:
@@ -179,25 +177,29 @@ def _jobs(bench: Bench) -> Iterator[tuple[Entry, float | None]]:
                 yield entry, None
 
 
+def _windows(bench: Bench, tokenizer: Any, config: Any) -> list[Windows]:
+    """Every text of a bench, cut."""
+    first = needs_first_token(config)
+    return [
+        cut(
+            read_text(text, "evaluation"),
+            tokenizer,
+            config,
+            length=bench.length,
+            first_token=first,
+            limit=bench.windows,
+        )
+        for text in bench.texts
+    ]
+
+
 class _Yardstick:
     """The dense model and the texts, each cut once; what its body says of them is computed once and held, a hidden
     state for every token."""
 
     def __init__(self, bench: Bench) -> None:
-        folder = locate(bench.model)
         self.dense = load(bench.model, device=bench.device)
-        tokenizer, config = read_tokenizer(folder), self.dense.config
-        self._windows = [
-            cut(
-                read_text(text, "evaluation"),
-                tokenizer,
-                config,
-                length=bench.length,
-                first_token=needs_first_token(config),
-                limit=bench.windows,
-            )
-            for text in bench.texts
-        ]
+        self._windows = _windows(bench, read_tokenizer(locate(bench.model)), self.dense.config)
         self._recalled: list[Recalled] = [{} for _ in self._windows]
 
     def rows(self, row: Row, made: Compressed, progress: Progress) -> list[Row]:

@@ -66,9 +66,9 @@ def tails(energy: Float[Tensor, " k"]) -> Float[Tensor, " k_plus_one"]:
 def balanced(
     up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """The same product of an orthonormal `up`; column i of it gets the norm of row i of `down`."""
-    norm = down.norm(dim=1)
-    scale = torch.where(norm > 0, norm, torch.ones_like(norm)).sqrt()
+    """The same product; column i of `up` gets the norm of row i of `down`."""
+    ratio = down.norm(dim=1) / up.norm(dim=0)
+    scale = torch.where(ratio > 0, ratio, torch.ones_like(ratio)).sqrt()
     return up * scale, down / scale[:, None]
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LinearKind, LowRankLinear, PivotedLinear
-from tersely.linalg.truncation import output_basis
+from tersely.linalg.truncation import balanced, output_basis
 from tersely.methods.low_rank.factorise import check_rank, leaves_as_stored, rank_options, rank_sizes
 from tersely.option import Option
 from tersely.stats import Gram, OutputGram, Statistic, Stats
@@ -99,7 +99,7 @@ def two_sided(
     """The module of that rank, in the weight's dtype, with the least ‖Lᵀ (W - W') M^½‖²; L is the root."""
     check_rank(weight, rank, pivot)
     up, down = output_basis(root.T @ weight.double(), metric).factors(rank)
-    up, down = _balanced(torch.linalg.solve_triangular(root.T, up, upper=True), down)
+    up, down = balanced(torch.linalg.solve_triangular(root.T, up, upper=True), down)
     kind = PivotedLinear if pivot else LowRankLinear
     return kind.from_factors(up, down, dtype=weight.dtype)
 
@@ -127,12 +127,3 @@ def shrunk(gram: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
     mixed = (1 - share) * (gram + gram.T) / 2
     mixed.diagonal().add_(share * power)
     return mixed
-
-
-def _balanced(
-    up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"]
-) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
-    """The same product; column i of `up` has the norm of row i of `down`, see `OutputBasis.factors`."""
-    ratio = down.norm(dim=1) / up.norm(dim=0)
-    scale = torch.where(ratio > 0, ratio, torch.ones_like(ratio)).sqrt()
-    return up * scale, down / scale[:, None]
