@@ -158,6 +158,7 @@ def test_neither_batch_nor_pieces_of_logits_matter(build, stride, text, tokenize
     other.get_input_embeddings().weight.data *= 1.1
     windows = cut(text, tokenizer, model.config, length=LENGTH, stride=stride)
     plain = measure_agreement(model, other, windows)
+    monkeypatch.setattr(sys.modules[cut.__module__], "ROWS_AT_LEAST", 1)
     for tokens_per_batch, logits_at_once in [(1, 2**25), (3 * LENGTH, 2**25), (4096, 1), (2 * LENGTH, 20 * VOCABULARY)]:
         monkeypatch.setattr(sys.modules[cut.__module__], "TOKENS_PER_BATCH", tokens_per_batch)
         monkeypatch.setattr(sys.modules[cut.__module__], "LOGITS_AT_ONCE", logits_at_once)
@@ -172,6 +173,7 @@ def test_logits_stay_bounded_and_the_body_runs_once_for_a_batch(text, tokenizer,
     model = llama()
     windows = cut(text, tokenizer, model.config, length=LENGTH)
     monkeypatch.setattr(sys.modules[cut.__module__], "LOGITS_AT_ONCE", 30 * VOCABULARY)
+    monkeypatch.setattr(sys.modules[cut.__module__], "ROWS_AT_LEAST", 1)
     sizes: list[int] = []
     blocks: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
