@@ -71,6 +71,8 @@ def test_a_bench_goes_on_with_the_first_missing_row(bench, tmp_path, monkeypatch
     with pytest.raises(RecipeError, match="another bench"):
         run_bench(bench(), file, "another command", quiet)
     table = markdown(whole, "command")
+    stages = table.partition("## Where the seconds go")[2].splitlines()
+    assert cells(stages[4])[2:] == [stage for stage in whole[0]["stages"] if stage != "everything"]
     assert f"{whole[0]['perplexity']:.2f} ({whole[0]['kl']:.3f})" in table
 
 
@@ -119,7 +121,8 @@ def test_groups_stand_in_tables_of_their_own(bench, tmp_path):
     rows = run_bench(bench(*entries, keeps=[0.8]), tmp_path / "rows.json", "command", quiet)
     assert [row["group"] for row in rows] == ["untrained", "8-bit factors"]
     table = markdown(rows, "command")
-    assert table.count("### Untrained") == 2 and table.count("### 8-bit factors") == 2  # results, and what it takes
+    # results, what it takes, and where the seconds go
+    assert table.count("### Untrained") == 3 and table.count("### 8-bit factors") == 3
     assert "###" not in markdown(rows[:1], "command")
 
 

@@ -14,6 +14,11 @@ from tersely.report.rows import format_value
 
 GAP = "–"
 
+STAGES = (
+    "Stage by stage, in percent of the seconds above, all sizes together; what is left to 100 is opening and writing. "
+    "A stage that read what an earlier row had gathered takes nothing."
+)
+
 
 def markdown(rows: Sequence[Row], command: str) -> str:
     """Per text a line per way to compress, a column per size, with perplexity and KL, and those of a single size below;
@@ -26,6 +31,7 @@ def markdown(rows: Sequence[Row], command: str) -> str:
         lines += _grouped(of_text, _results, "###")
     if done:
         lines += ["## What it takes", "", _legend(done), "", *_grouped(done, _taken, "###")]
+        lines += ["## Where the seconds go", "", STAGES, "", *_grouped(done, _stages, "###")]
     if len(done) < len(rows):
         lines += ["## No result", "", *_without(rows)]
     return "\n".join(lines)
@@ -93,16 +99,14 @@ def _taken(rows: Sequence[Row]) -> list[str]:
     columns = ("way", "kept", "folder, MB", "× dense", "seconds", "memory", "left dense", "degraded", "trained on")
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "--:|" * 7 + "---|"]
     for said, of_way in _by_way(rows):
-        of_size: dict[Any, list[Row]] = {}
-        for row in sorted(of_way, key=lambda row: -row.get("keep", 0)):
-            of_size.setdefault(row.get("keep"), []).append(row)
-        first = [of_text[0] for of_text in of_size.values()]
+        sizes = _by_size_of(of_way)
+        first = [of_text[0] for of_text in sizes]
         extra = [row["peak_bytes"] - row["resident_bytes"] for row in first if row["peak_bytes"] is not None]
         cells = (
             said,
             _each(f"{row['kept']:.3f}" if row["kept"] is not None else GAP for row in first),
             _each(f"{row['bytes'] / 1e6:.1f}" for row in first),
-            _each(f"{_relative(of_text):.2f}" for of_text in of_size.values()),
+            _each(f"{_relative(of_text):.2f}" for of_text in sizes),
             _each(f"{row['seconds']:.1f}" for row in first),
             format_value(max(extra), "bytes") if extra else GAP,
             _each(str(row["left_dense"]) for row in first),
@@ -111,6 +115,27 @@ def _taken(rows: Sequence[Row]) -> list[str]:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _stages(rows: Sequence[Row]) -> list[str]:
+    """One line a way, one column for every stage that any of them has."""
+    stages = [stage for stage in dict.fromkeys(s for row in rows for s in row["stages"]) if stage != "everything"]
+    lines = ["| way | seconds | " + " | ".join(stages) + " |", "|---|" + "--:|" * (1 + len(stages))]
+    for said, of_way in _by_way(rows):
+        spent = [of_way[0]["stages"] for of_way in _by_size_of(of_way)]
+        whole = sum(of_size["everything"] for of_size in spent)
+        shares = [sum(of_size.get(stage, 0.0) for of_size in spent) / (whole or 1.0) for stage in stages]
+        cells = [f"{100 * share:.0f}" if share >= 0.005 else "" for share in shares]
+        lines.append(f"| {said} | {whole:.1f} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _by_size_of(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of one way, those of every text together, by falling size."""
+    of_size: dict[Any, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: -row.get("keep", 0)):
+        of_size.setdefault(row.get("keep"), []).append(row)
+    return list(of_size.values())
 
 
 def _relative(rows: Sequence[Row]) -> float:
