@@ -575,3 +575,10 @@ def test_heads_that_do_not_fit_are_refused():
         _, other = attention(4, 2, **changes)
         with pytest.raises(AnatomyError, match=r"divide|ask for weights"):
             other.check(unit)
+
+
+def test_a_gram_matrix_without_a_factor_says_what_would_help():
+    gram = torch.ones(4, 4, dtype=torch.float64)
+    gram[0, 0] = -1.0
+    with pytest.raises(NumericalError, match="calibrate on more tokens than inputs, or give a larger ridge"):
+        leverage(gram, 0.0)

@@ -139,7 +139,7 @@ class ModularDecomposition:
         order = leverage(gram, self.ridge * _power(gram)).argsort(descending=True, stable=True)
         factor = torch.zeros_like(gram)
         damped = _damped(gram, self.damping)
-        factor[:, order] = torch.linalg.cholesky(damped[order][:, order], upper=True)
+        factor[:, order] = _cholesky(damped[order][:, order], "damping").mT
         return Interpolation(order, factor)
 
 
@@ -319,7 +319,18 @@ def leverage(gram: Float[Tensor, "n n"], ridge: Float[Tensor, ""] | float) -> Fl
     """[C (C + λ)⁻¹]ᵢᵢ, from 0 to 1: how little of channel i the others say."""
     regular = gram.clone()
     regular.diagonal().add_(ridge)
-    return (1 - ridge * torch.cholesky_inverse(torch.linalg.cholesky(regular)).diagonal()).clamp(min=0)
+    return (1 - ridge * torch.cholesky_inverse(_cholesky(regular, "ridge")).diagonal()).clamp(min=0)
+
+
+def _cholesky(matrix: Float[Tensor, "n n"], what: str) -> Float[Tensor, "n n"]:
+    """The lower factor.  Raises NumericalError, which names the field that would help."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        raise NumericalError(
+            f"modegpt: a Gram matrix of {len(matrix)} inputs is not positive definite; calibrate on more tokens than "
+            f"inputs, or give a larger {what}"
+        )
+    return factor
 
 
 def _power_of_rows(
