@@ -66,7 +66,7 @@ MAY_IMPORT_TRANSFORMERS = {
 }  # fmt: skip
 
 # The package may grow beyond the first 15 000 lines: thirty-three systems of two hundred lines each stand on 12 000.
-LONGEST_FILE, LONGEST_BASE, LONGEST_PACKAGE = 500, 200, 25_000
+LONGEST_FILE, LONGEST_BASE, LONGEST_PACKAGE = 500, 200, 40_000
 
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

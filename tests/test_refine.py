@@ -1,6 +1,7 @@
 """Blocks that are trained once they are cut: towards what they gave before, never further away, and the same whenever a
 run is stopped."""
 
+import copy
 import json
 import math
 import shutil
@@ -20,13 +21,15 @@ from tersely.anatomy import anatomy_of
 from tersely.calibrate import Blocks, Replay
 from tersely.checkpoint import open_source
 from tersely.errors import NumericalError, RecipeError
-from tersely.kinds import Made, SharedLinear
+from tersely.kinds import LinearKind, LowRankLinear, Made, QuantizedLinear, SharedLinear, SumLinear
 from tersely.methods.low_rank.svd import PlainSVD
+from tersely.methods.quantize.rtn import RoundToNearest
 from tersely.pipeline import run
 from tersely.prepare import prepare
-from tersely.recipe import Calibration, MethodStep, Recipe, Refinement, read_recipe, recipe_from
+from tersely.recipe import Calibration, MethodStep, Recipe, Refinement, TrainStep, read_recipe, recipe_from
 from tersely.refine import Refined, Refiner, Refining, _FormerOutput, _own
 from tersely.stats import Stats
+from tersely.train.relax import Relaxed
 from tersely.verify import verify
 
 ASKED = Refinement(epochs=3, rate=3e-3, batch=4, held_out=0.25)
@@ -48,12 +51,14 @@ class Bench:
     def dense(self) -> nn.Module:
         return self.blocks.dense(0)
 
-    def cut(self) -> nn.Module:
+    def cut(self, cut: Callable[[Tensor], LinearKind] | None = None) -> nn.Module:
+        """`cut`: weight → what stands for it; a decomposition to the rank by default."""
         replaced = {}
         for site in self.anatomy.sites:
             if site.block == 0:
                 weight = self.source.tensor(f"{site.name}.weight")
-                kind = PlainSVD().compress(weight.T if site.transposed else weight, Stats(), self._rank)
+                weight = weight.T.contiguous() if site.transposed else weight
+                kind = PlainSVD().compress(weight, Stats(), self._rank) if cut is None else cut(weight)
                 if site.bias:
                     kind.set_bias(self.source.tensor(f"{site.name}.bias"))
                 replaced[site.name] = Made.of(kind)
@@ -231,6 +236,96 @@ def test_both_streams_go_on_together(bench):
     assert refiner._shifted.at == refiner._dense.at == 2
 
 
+# --- codes ------------------------------------------------------------------------------------------------------------
+
+
+def to_codes(weight: Tensor) -> QuantizedLinear:
+    return RoundToNearest(group=8).compress(weight, Stats(), 2)
+
+
+def to_codes_of_factors(weight: Tensor) -> LowRankLinear:
+    factors = PlainSVD().compress(weight, Stats(), 4)
+    factors.down, factors.up = to_codes(factors.down.weight.detach()), to_codes(factors.up.weight.detach())
+    return factors
+
+
+def to_a_sum(weight: Tensor) -> SumLinear:
+    base = to_codes(weight)
+    rest = PlainSVD().compress(weight - base.to_dense().to(weight.dtype), Stats(), 2)
+    return SumLinear.of([base, rest])
+
+
+LEARNING = replace(ASKED, epochs=8, rate=1e-3, code_rate=0.02)
+QUANTIZED = {"codes": to_codes, "factors": to_codes_of_factors, "sum": to_a_sum}
+every_quantized = pytest.mark.parametrize("cut", QUANTIZED.values(), ids=QUANTIZED)
+
+
+def quantized(block: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: part for name, part in block.named_modules() if isinstance(part, QuantizedLinear)}
+
+
+@every_quantized
+@pytest.mark.parametrize("optimiser", ["adam", "sign"])
+def test_codes_and_ranges_train_and_keep_their_form(cut, optimiser, bench):
+    block = bench.cut(cut)
+    before = {name: copy.deepcopy(part) for name, part in quantized(block).items()}
+    error = bench.error(block)
+    found = bench.refiner(replace(LEARNING, optimiser=optimiser)).refine(block, bench.dense())
+    assert 0 < found.after < found.before and bench.error(block) < error
+    after = quantized(block)
+    assert after.keys() == before.keys() and len(after) >= 7
+    for name, part in after.items():
+        assert part.spec() == before[name].spec() and part.nbytes() == before[name].nbytes()
+    changed = [n for n, part in after.items() if not torch.equal(part.codes, before[n].codes)]
+    rescaled = [n for n, part in after.items() if not torch.equal(part.scales, before[n].scales)]
+    assert len(rescaled) > len(after) / 2
+    assert len(changed) > len(after) / 2 or cut is to_codes_of_factors  # the dense factors are not known
+    assert not any(isinstance(part, Relaxed) for part in block.modules())
+
+
+@every_quantized
+def test_codes_are_never_worse_on_the_windows_held_out(cut, bench):
+    block = bench.cut(cut)
+    before, dense = copy.deepcopy(block.state_dict()), bench.dense()
+    found = bench.refiner(replace(ASKED, code_rate=3.0, rate=0.3, epochs=2)).refine(block, dense)
+    assert found.kept == 0 and found.after == found.before
+    assert same(before, block.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_codes_train_in_half_precision_and_what_was_measured_is_what_is_stored(dtype, model_folder):
+    bench = Bench(model_folder(dtype=dtype))
+    block = bench.cut(to_codes)
+    found = bench.refiner(LEARNING).refine(block, bench.dense())
+    assert found.after < found.before
+    assert {tensor.dtype for tensor in block.state_dict().values() if tensor.is_floating_point()} == {dtype}
+    again = bench.refiner(replace(ASKED, epochs=1)).refine(block, bench.dense())
+    assert again.before == pytest.approx(found.after, rel=1e-4)
+
+
+def test_codes_of_an_earlier_step_stay(bench):
+    """Only what this step has replaced is written down."""
+    site = next(site for site in bench.anatomy.sites if site.block == 0)
+    inside = site.name.removeprefix(f"{bench.anatomy.blocks[0]}.")
+    dense = bench.dense()
+    kept = to_codes(dense.get_submodule(inside).weight.detach())
+    dense.set_submodule(inside, kept)
+    block = bench.cut(to_codes)
+    block.set_submodule(inside, copy.deepcopy(kept))
+    bench.refiner().refine(block, dense)
+    assert torch.equal(block.get_submodule(inside).codes, kept.codes)
+    assert torch.equal(block.get_submodule(inside).scales, kept.scales)
+
+
+def test_a_training_of_codes_that_leaves_the_numbers_leaves_the_block_as_it_was(bench):
+    block = bench.cut(to_codes)
+    before = copy.deepcopy(block.state_dict())
+    with pytest.raises(NumericalError, match="lower rate"):
+        bench.refiner(replace(ASKED, rate=1e30)).refine(block, bench.dense())
+    assert same(before, block.state_dict())
+    assert not any(isinstance(part, Relaxed) for part in block.modules())
+
+
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +465,31 @@ def test_a_later_step_takes_what_was_refined(recipe, tmp_path):
     assert norms and all(torch.equal(first[name], second[name]) for name in norms)
 
 
+def test_refined_codes_reach_the_checkpoint_and_go_on_learning_from_logits(recipe, tmp_path):
+    asked = replace(GENTLE, epochs=6, code_rate=0.02)
+    blockwise = MethodStep("rtn", options={"width": 2, "group": 8}, propagate="block", refine=asked)
+    together = TrainStep(["logits"], relax="rounding", tokens=4_000, rate=0.02, held_out=4, patience=9)
+    alone = replace(together, options={"width": 2, "group": 8, "start": "nearest"})
+    steps = {"plain": [replace(blockwise, refine=None)], "refined": [blockwise], "both": [blockwise, together]}
+    steps |= {"together": [alone]}
+    reports = {name: run(prepare(replace(recipe, step=s), tmp_path / name)).report for name, s in steps.items()}
+    tensors = {name: load_file(tmp_path / name / "model.safetensors") for name in steps}
+    configs = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in steps}
+    modules = {name: config["quantization_config"]["modules"] for name, config in configs.items()}
+    assert all(manifest == modules["plain"] for manifest in modules.values())
+    codes = [name for name in tensors["plain"] if name.endswith(".codes")]
+    assert codes
+    for first, second in (("plain", "refined"), ("plain", "together"), ("refined", "both")):
+        one, other = tensors[first], tensors[second]
+        assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in other.items()}
+        assert any(not torch.equal(one[name], other[name]) for name in codes), second
+    assert all(block["after"] < block["before"] for block in reports["refined"].steps[0]["refined"].values())
+    for name in ("both", "together"):
+        losses = [m["losses"]["logits"] for m in reports[name].steps[-1]["training"]["held_out"]]
+        assert min(losses) <= losses[0]
+        assert all(check.passed for check in verify(tmp_path / name))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -377,6 +497,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "base": ({"base": "elsewhere", "refine": {}}, "a difference to a base"),
     "epochs": ({"refine": {"epochs": 0}}, "epochs = 0; wanted 1 or more"),
     "rate": ({"refine": {"rate": 0.0}}, r"rate = 0\.0; wanted above 0"),
+    "code_rate": ({"refine": {"code_rate": 0.0}}, r"code_rate = 0\.0; wanted above 0"),
+    "optimiser": ({"refine": {"optimiser": "newton"}}, "optimiser"),
     "decay": ({"refine": {"decay": -1.0}}, "decay = -1.0; wanted 0 or more"),
     "held_out": ({"refine": {"held_out": 0.6}}, "held_out = 0.6; wanted above 0 and at most 0.5"),
     "patience": ({"refine": {"patience": 0}}, "patience = 0; wanted 1 or more"),

@@ -15,17 +15,19 @@ from tersely.errors import AnatomyError, NumericalError, RecipeError
 from tersely.kinds import LowRankLinear
 from tersely.linalg.hadamard import flat_factors, has_hadamard, kronecker_apply, random_rotation
 from tersely.rewrite import Rewrite, Rotate, Smooth
+from tersely.rewrite.pre_sinq import FoldedSinkhorn
 from tersely.rewrite.smooth import smoothing_scale
 from tersely.stats import AbsMax, Stats
 
 POST_NORM = {"bert": "residual stream itself", "distilbert": "residual stream itself"}
 REFUSED = {
+    "pre_sinq": POST_NORM,
     "smooth": POST_NORM,
     "rotate": POST_NORM
     | dict.fromkeys(("gemma2", "gemma3_text", "gemma3"), "it norms what attention and MLP add")
     | {"opt": r"model\.decoder\.project_out \(outside the blocks\)"},
 }
-SAME = {"rotate": Rotate, "smooth": Smooth}  # merging an adapter has tests of its own
+SAME = {"pre_sinq": FoldedSinkhorn, "rotate": Rotate, "smooth": Smooth}  # merging an adapter has tests of its own
 APPLIES = [(name, family) for name in SAME for family in TINY if family not in REFUSED[name]]
 
 

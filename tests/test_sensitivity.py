@@ -29,6 +29,9 @@ from tersely.sensitivity import SKIPPED, TEMPERATURE, WINDOWS, Laboratory
 from tersely.stats import Stats
 from tersely.targets import SiteTarget
 
+OF_BLOCKS = ("similarity", "spikes")
+"""What is measured block by block, whatever the method."""
+
 MEASURING = sorted(name for name, allocator in ALLOCATORS.items() if allocator.measures and not allocator.learns)
 
 
@@ -199,6 +202,9 @@ def test_a_run_hands_over_what_was_measured(allocate, recipe, tmp_path, monkeypa
     if entry.measures == "similarity":
         assert measures.similarity.keys() == sites and not measures.harm
         assert len(set(measures.similarity.values())) == 2, "one for each block"
+    elif entry.measures == "spikes":
+        assert measures.spikes.keys() == sites and not measures.harm and not measures.similarity
+        assert min(measures.spikes.values()) >= 1 and len(set(measures.spikes.values())) > 2, "one for each site"
     else:
         assert measures.harm.keys() == sites and not measures.similarity
         for curve in curves:
@@ -212,7 +218,7 @@ def test_stopped_while_measuring_it_goes_on_with_the_next_site(allocate, recipe,
     asked, (whole, out) = recipe(allocate), (tmp_path / "whole", tmp_path / "out")
     usual, measured = journal.commit, []
     run(prepare(asked, whole))
-    units = ("harm", "similarity")
+    units = ("harm", *OF_BLOCKS)
 
     def dying(path: Path, write: Any) -> None:
         usual(path, write)
@@ -227,7 +233,7 @@ def test_stopped_while_measuring_it_goes_on_with_the_next_site(allocate, recipe,
             run(prepare(asked, out))
         except KeyboardInterrupt:
             stops += 1
-    assert stops == len(measured) == len(set(measured)) >= (1 if ALLOCATORS[allocate].measures == "similarity" else 14)
+    assert stops == len(measured) == len(set(measured)) >= (1 if ALLOCATORS[allocate].measures in OF_BLOCKS else 14)
     for name in ("plan.json", "model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
@@ -244,10 +250,11 @@ def test_another_size_measures_nothing_where_statistics_are_shared(allocate, rec
 
     monkeypatch.setattr(Laboratory, "_lost", refuse)
     monkeypatch.setattr(Laboratory, "_similarities", refuse)
+    monkeypatch.setattr(Laboratory, "_spikes", refuse)
     second = tmp_path / "second"
     run(prepare(recipe(allocate, keep=0.4), second), statistics=shared)
     assert (second / "plan.json").read_bytes() == (alone / "plan.json").read_bytes()
-    if ALLOCATORS[allocate].measures != "similarity":  # another method is another measurement
+    if ALLOCATORS[allocate].measures not in OF_BLOCKS:  # another method is another measurement
         with pytest.raises(AssertionError, match="measured again"):
             run(prepare(recipe(allocate, options={"damping": 0.5}), tmp_path / "third"), statistics=shared)
 

@@ -13,10 +13,12 @@ from tersely.stats import (
     AbsMean,
     BucketGram,
     Cross,
+    DiagonalFisher,
     Fisher,
     Gram,
     MeanGradient,
     OutputGram,
+    Peaks,
     Power,
     Statistic,
     Stats,
@@ -51,11 +53,13 @@ def by_definition(kind: type[Statistic], x: Tensor) -> Tensor:
         Cross: gram,  # nothing has been shifted
         OutputGram: gram,  # of gradients in the place of inputs
         Fisher: x.square().mean(0),  # of the rows of a weight's gradient
+        DiagonalFisher: x.square().mean(0),  # of the gradient in a weight, one window a row
         MeanGradient: x.mean(0),  # of the gradient in a weight, one window a row
         Power: x.square().mean(0),
         WindowFactors: gram,  # of the windows kept, here all of them
         AbsMean: x.abs().mean(0),
         AbsMax: x.abs().amax(0),
+        Peaks: torch.stack([x.abs().max(), x.abs().amax(1).bfloat16().median().double()]),
     }[kind]
 
 

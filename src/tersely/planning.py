@@ -188,12 +188,16 @@ def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | No
     if what is not None:
         with clock("learn"):
             learned = _learned(job, blocks, curves, what)
-    similarity = {}
+    similarity, spikes = {}, {}
     if laboratory is not None and job.allocator.measures == "similarity":
         with clock("measure"):
             of_block = laboratory.similarity(blocks)
         similarity = {target.name: of_block[target.block] for target in job.targets}
-    return curves, Measures(similarity, harm, learned)
+    if laboratory is not None and job.allocator.measures == "spikes":
+        with clock("measure"):
+            of_site = laboratory.spikes(blocks)
+        spikes = {target.name: max(of_site[site.name] for site in target.sites) for target in job.targets}
+    return curves, Measures(similarity, harm, learned, spikes)
 
 
 def _learned(job: Job, blocks: Blocks, curves: Sequence[Curve], what: Learned) -> dict[str, float]:

@@ -9,6 +9,10 @@ attention are nobody's business then.  So, once all targets of a block f are cut
 where x is what the block reads in the dense model and x̂ what it reads behind the compressed blocks before it.  Two
 streams of hidden states run beside the sweep for that, one dense, one compressed, over windows of text of their own.
 
+Weights that the step has quantized take part.  Each stands behind the relaxation `rounding` meanwhile, which begins
+with the codes and the grid that it has and moves both (`train.relax.rounding`); it comes back as the same kind with the
+same bytes.
+
 The training is that of `train.loop`, with batches of recorded hidden states in the place of windows of text: the block
 stands in a module that is called with the number of a batch.  Windows are shuffled once and grouped into batches; the
 order of the batches changes from pass to pass.  A share of the batches is held out.  They are measured after every
@@ -28,6 +32,7 @@ Source: Kumar et al., AA-SVD: Anchored and Adaptive SVD for Large Language Model
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,11 +45,15 @@ from tersely.anatomy import Anatomy
 from tersely.calibrate import Replay
 from tersely.checkpoint import Source
 from tersely.errors import NumericalError, RecipeError
-from tersely.kinds import SharedLinear
+from tersely.kinds import LinearKind, QuantizedLinear, SharedLinear
 from tersely.settings import Refinement
 from tersely.train.data import seed_of
 from tersely.train.loop import Progress, TrainingOutcome, train
+from tersely.train.relax.rounding import RoundedLinear, weight_of
 from tersely.train.settings import Training
+
+PATIENCE = 3
+"""Passes without a new best after which a block without codes is done."""
 
 
 @dataclass(frozen=True)
@@ -100,24 +109,29 @@ class Refiner:
         Raises NumericalError where the training leaves the finite numbers; the block is then as it was.
         """
         self._advance_dense(dense)
-        stands = _InStream(block, self._shifted)
-        error, energy = self._errors(stands)
+        asked = self._asked
+        error, energy = self._errors(_InStream(block, self._shifted))
         if error <= torch.finfo(self._dense.hidden(0).dtype).eps ** 2 * energy:
             share = error / (energy or 1.0)  # rounding: nothing that could be learned
             return Refined(share, share, 0, 0, 0)
         stored = {name: parameter.data for name, parameter in block.named_parameters()}
+        quantized = _quantized(block, dense)
         kept = 0
         try:
+            _put(block, {n: RoundedLinear(part, _replaced(n, block, dense)) for n, part in quantized.items()})
+            stands = _InStream(block, self._shifted)
             for parameter in block.parameters():
                 master = torch.promote_types(parameter.dtype, torch.float32)
                 parameter.data = parameter.data.to(master, copy=True)
-            outcome = self._train(stands, error)
+            outcome = self._train(stands, error, asked.patience or (asked.epochs if quantized else PATIENCE))
+            _put(block, {name: _hardened(block, name) for name in quantized})
             for name, parameter in block.named_parameters():
                 parameter.data = parameter.data.to(stored[name].dtype)
             _require_finite(block)
             kept = outcome.kept
         finally:
             if not kept:
+                _put(block, quantized)
                 for name, parameter in block.named_parameters():
                     parameter.data = stored[name]
         unit = error / (energy or error)
@@ -148,7 +162,7 @@ class Refiner:
             raise NumericalError("the outputs of the block are not finite before it is refined")
         return missing / count, wanted / count
 
-    def _train(self, stands: "_InStream", error: float) -> TrainingOutcome:
+    def _train(self, stands: "_InStream", error: float, patience: int) -> TrainingOutcome:
         asked, batches = self._asked, len(self._shifted)
         held_out = min(max(1, round(asked.held_out * batches)), batches // 2)
         passes = batches - held_out
@@ -156,10 +170,12 @@ class Refiner:
             tokens=asked.epochs * passes,  # a window is the number of a batch, of one token
             batch=1,
             rate=asked.rate,
+            quantizer_rate=asked.code_rate or 1 / (asked.epochs * passes),
+            optimiser=asked.optimiser,
             decay=asked.decay,
             held_out=held_out,
             evaluate_every=passes,
-            patience=asked.patience,
+            patience=patience,
         )
         generator = torch.Generator(self._device).manual_seed(seed_of(self._seed, "refine", self._shifted.at))
         return train(
@@ -227,14 +243,52 @@ class _FormerOutput:
         return ((given - self.dense.hidden(int(tokens)).to(given)) / self.unit).square().mean()
 
 
-def _own(block: nn.Module) -> list[str]:
-    """Parameters that no other block reads."""
-    shared = (
+def _quantized(block: nn.Module, dense: nn.Module) -> dict[str, QuantizedLinear]:
+    """The weights with codes that the dense block has not and no other block reads."""
+    before = {name for name, part in dense.named_modules() if isinstance(part, QuantizedLinear)}
+    elsewhere = _elsewhere(block)
+    return {
+        name: part
+        for name, part in block.named_modules()
+        if isinstance(part, QuantizedLinear) and name not in before and not f"{name}.".startswith(elsewhere)
+    }
+
+
+def _replaced(name: str, block: nn.Module, dense: nn.Module) -> Float[Tensor, "out in"] | None:
+    """The weight that a quantized one stands for: that of the dense block's linear, in a sum what the other terms leave
+    of it; None for factors, which the dense block does not have."""
+    whole, inside, _ = name.rpartition(".terms.")
+    weight = weight_of(dict(dense.named_modules()).get(whole if inside else name))
+    if weight is None or not inside:
+        return weight
+    own, total = (block.get_submodule(path) for path in (name, whole))
+    assert isinstance(own, LinearKind) and isinstance(total, LinearKind)
+    return weight.float() - (total.to_dense() - own.to_dense())
+
+
+def _put(block: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    for name, part in parts.items():
+        block.set_submodule(name, part)
+
+
+def _hardened(block: nn.Module, name: str) -> QuantizedLinear:
+    relaxed = block.get_submodule(name)
+    assert isinstance(relaxed, RoundedLinear)
+    return relaxed.harden()
+
+
+def _elsewhere(block: nn.Module) -> tuple[str, ...]:
+    """Prefixes of what other blocks read too."""
+    return tuple(
         f"{name}.down."
         for name, part in block.named_modules()
         if isinstance(part, SharedLinear) and not part.same_input
     )
-    elsewhere = tuple(shared)
+
+
+def _own(block: nn.Module) -> list[str]:
+    """Parameters that no other block reads."""
+    elsewhere = _elsewhere(block)
     return [name for name, _ in block.named_parameters() if not name.startswith(elsewhere)]
 
 

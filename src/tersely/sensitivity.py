@@ -38,13 +38,14 @@ from torch.nn.functional import cosine_similarity, kl_div
 
 from tersely.allocate import Measured
 from tersely.anatomy import Anatomy, model_class
-from tersely.calibrate import TOKENS_AT_ONCE, Blocks, Replay, StatisticsStore
+from tersely.calibrate import TOKENS_AT_ONCE, Blocks, Replay, StatisticsStore, watch_list
 from tersely.checkpoint import Source, load_with_report
 from tersely.errors import NumericalError, RecipeError
 from tersely.journal import Journal, commit_text
-from tersely.kinds import Kind, link
+from tersely.kinds import Kind, dense_weight, link
 from tersely.option import Amount, Option
-from tersely.stats import Stats
+from tersely.stats import Peaks, Stats
+from tersely.stats.peaks import spike, weight_spike
 from tersely.targets import Target
 
 WINDOWS = 32
@@ -91,6 +92,12 @@ class Laboratory:
         """Of every block the mean cosine, over tokens, of what it is given and what it returns."""
         told = repr(("similarity", WINDOWS))
         found: list[float] = self._remembered("similarity.json", told, lambda: self._similarities(blocks))
+        return found
+
+    def spikes(self, blocks: Blocks) -> dict[str, float]:
+        """Site → its largest number over the usual one, of what it reads or of its weight, whichever is larger."""
+        told = repr(("spikes", WINDOWS))
+        found: dict[str, float] = self._remembered("spikes.json", told, lambda: self._spikes(blocks))
         return found
 
     def harm(
@@ -168,6 +175,19 @@ class Laboratory:
             replay.observe(block, {}, advance=True)
             means.append(torch.cat(cosines).mean().item())
         return means
+
+    def _spikes(self, blocks: Blocks) -> dict[str, float]:
+        replay = Replay(self._source, self._anatomy, self._windows, self._device)
+        found = {}
+        for index, name in enumerate(self._anatomy.blocks):
+            block, sites = blocks.dense(index), [site for site in self._anatomy.sites if site.block == index]
+            watched = watch_list(self._anatomy, index, sites, [Peaks], self._device)
+            replay.observe(block, watched, advance=True)
+            for site in sites:
+                weight = _turned(dense_weight(block.get_submodule(site.name.removeprefix(f"{name}."))), site.transposed)
+                of_input = spike(*watched[site.reads][1][Peaks].mean().tolist())
+                found[site.name] = max(of_input, weight_spike(weight))
+        return found
 
     @cached_property
     def _model(self) -> Any:

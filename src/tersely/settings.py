@@ -71,6 +71,13 @@ class Refinement:
     """Largest learning rate; it falls to zero along a half cosine.  Best of four on a model of width 128; wider ones
     want less (the paper: 1e-4 for widths of 4096)."""
 
+    code_rate: float | None = None
+    """Largest learning rate of quantized weights, in steps of the grid, and of the ends of its ranges, as shares of
+    them; None: that at which signs take a code half a step in all."""
+
+    optimiser: Literal["adam", "sign"] = "adam"
+    """AdamW, or steps along the signs of the gradient."""
+
     batch: int = 8
     """Windows in a step of the optimiser."""
 
@@ -80,8 +87,9 @@ class Refinement:
     held_out: float = 0.125
     """Share of the batches that are not trained on but decide which numbers stay."""
 
-    patience: int = 3
-    """Passes without a new best on the windows held out after which a block is done."""
+    patience: int | None = None
+    """Passes without a new best on the windows held out after which a block is done; None: 3, and never early where
+    codes train, which settle only when the rate has fallen."""
 
     text: list[str] | None = None
     """Texts to train on; by default the calibration texts."""
@@ -91,10 +99,15 @@ class Refinement:
 
     def __post_init__(self) -> None:
         for what in ("epochs", "batch", "patience"):
-            if getattr(self, what) < 1:
-                raise RecipeError(f"refine: {what} = {getattr(self, what)}; wanted 1 or more")
+            value = getattr(self, what)
+            if value is not None and value < 1:
+                raise RecipeError(f"refine: {what} = {value}; wanted 1 or more")
         if not 0 < self.rate < math.inf:
             raise RecipeError(f"refine: rate = {self.rate}; wanted above 0")
+        if self.code_rate is not None and not 0 < self.code_rate < math.inf:
+            raise RecipeError(f"refine: code_rate = {self.code_rate}; wanted above 0")
+        if self.optimiser not in ("adam", "sign"):
+            raise RecipeError(f"refine: optimiser = {self.optimiser!r}; wanted adam or sign")
         if not 0 <= self.decay < math.inf:
             raise RecipeError(f"refine: decay = {self.decay}; wanted 0 or more")
         if not 0 < self.held_out <= 0.5:

@@ -23,6 +23,8 @@ from tersely.errors import CheckpointError
 from tersely.kinds import (
     KINDS,
     Attention,
+    CodebookLinear,
+    ColumnsLinear,
     DenseLinear,
     Kind,
     LinearKind,
@@ -31,13 +33,14 @@ from tersely.kinds import (
     QuantizedLinear,
     RemappedLinear,
     SharedLinear,
+    SparseLinear,
     SumLinear,
     build,
     manifest_of,
     shared_from_factors,
 )
 from tersely.kinds.attention import PositionTables, linear_of
-from tersely.linalg.grid import Grid, fit_grid
+from tersely.linalg.grid import Grid, Scales, fit_grid, fit_table
 
 Make = Callable[[PreTrainedModel, nn.Module], Kind]
 
@@ -54,6 +57,13 @@ def quantized(linear: nn.Module, bits: int, group: int = 0, form: Any = "asymmet
     return QuantizedLinear.from_codes(grid.nearest(linear.weight.detach()), grid, linear.weight.dtype)
 
 
+def normal_floats(model: PreTrainedModel, linear: nn.Module) -> QuantizedLinear:
+    weight = linear.weight.detach()
+    columns = Scales.of(normal(weight.shape[1]).exp())
+    grid = fit_table(weight, "nf4", 7, shift=True, format="log8", columns=columns)
+    return QuantizedLinear.from_codes(grid.nearest(weight), grid, weight.dtype)
+
+
 def rounding_its_input(model: PreTrainedModel, linear: nn.Module) -> QuantizedLinear:
     made = quantized(linear, 4)
     made.round_input(8, 1.0)
@@ -64,6 +74,22 @@ def factors_of_integers(model: PreTrainedModel, linear: nn.Module) -> LowRankLin
     made = low_rank(model, linear)
     made.down, made.up = quantized(made.down, 3), quantized(made.up, 8)
     return made
+
+
+def columns(linear: nn.Module, widths: tuple[int | None, ...], first: list[int]) -> ColumnsLinear:
+    """The columns named are the first part, the others the second; a part without a width is a plain linear."""
+    weight, everything = linear.weight.detach(), range(linear.in_features)
+    chosen = [first, [column for column in everything if column not in first]] if len(widths) > 1 else [[*everything]]
+    parts = [linear_of(weight[:, places].contiguous(), None) for places in chosen]
+    made = [part if bits is None else quantized(part, bits) for part, bits in zip(parts, widths, strict=True)]
+    return ColumnsLinear.of(made, torch.tensor([column for places in chosen for column in places]), weight.dtype)
+
+
+def sparse(linear: nn.Module, every: int) -> SparseLinear:
+    """Every so many-th entry."""
+    weight = linear.weight.detach()
+    places = torch.arange(weight.numel()).view_as(weight) % every == 0
+    return SparseLinear.of(weight, places, weight.dtype)
 
 
 def pivoted(model: PreTrainedModel, linear: nn.Module) -> PivotedLinear:
@@ -94,6 +120,13 @@ def shared_integers(model: PreTrainedModel, linear: nn.Module) -> SharedLinear:
     return made
 
 
+def codebook(model: PreTrainedModel, linear: nn.Module, books: int = 2, bits: int = 3, group: int = 5) -> LinearKind:
+    rows, columns = linear.weight.shape
+    codes = normal(rows, -(-columns // group), books).abs().mul(1e4).long() % 2**bits
+    books_of, scales = normal(books, 2**bits, group, seed=1), normal(rows, seed=2)
+    return CodebookLinear.of(codes, books_of, scales, columns, exponent=-4, dtype=linear.weight.dtype)
+
+
 def attention(model: PreTrainedModel, module: nn.Module, *, latent: bool = False, series: bool = False) -> Attention:
     unit = next(unit for unit in anatomy_of(model).units if unit.module == ATTENTION)
     settings = attention_settings(model, unit)
@@ -121,6 +154,21 @@ EXAMPLES: dict[str, tuple[str, dict[str, Make]]] = {
             "series": lambda model, module: attention(model, module, series=True),
         },
     ),
+    "codebook": (
+        UP,
+        {
+            "plain": codebook,
+            "one of 4 bits": lambda model, linear: codebook(model, linear, books=1, bits=4, group=4),
+        },
+    ),
+    "columns": (
+        UP,
+        {
+            "of two widths": lambda model, linear: columns(linear, (3, 4), [0, 2]),
+            "one part": lambda model, linear: columns(linear, (2,), [0]),
+            "integers and floats": lambda model, linear: columns(linear, (3, None), [1, 5, 7]),
+        },
+    ),
     "dense": (UP, {"plain": lambda model, linear: DenseLinear.from_weight(linear.weight)}),
     "low_rank": (UP, {"plain": low_rank, "of integers": factors_of_integers}),
     "pivoted": (UP, {"plain": pivoted, "of integers": pivoted_integers}),
@@ -130,6 +178,7 @@ EXAMPLES: dict[str, tuple[str, dict[str, Make]]] = {
             "8 bits": lambda model, linear: quantized(linear, 8),
             "3 bits in groups": lambda model, linear: quantized(linear, 3, 7, "symmetric"),
             "rounded input": rounding_its_input,
+            "a table under scales of columns": normal_floats,
         },
     ),
     "remapped": (UP, {"plain": remapped, "full rank": lambda model, linear: remapped(model, linear, 24)}),
@@ -141,9 +190,18 @@ EXAMPLES: dict[str, tuple[str, dict[str, Make]]] = {
             "of integers": shared_integers,
         },
     ),
+    "sparse": (
+        UP,
+        {
+            "few": lambda model, linear: sparse(linear, 37),
+            "rows without any": lambda model, linear: sparse(linear, 4 * linear.in_features),
+            "all": lambda model, linear: sparse(linear, 1),
+        },
+    ),
     "sum": (
         UP,
         {
+            "integers and outliers": lambda model, linear: SumLinear.of([quantized(linear, 3), sparse(linear, 11)]),
             "linear and update": lambda model, linear: SumLinear.of(
                 [linear_of(linear.weight, None), low_rank(model, linear)]
             ),

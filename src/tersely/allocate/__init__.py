@@ -13,6 +13,7 @@ from tersely.allocate.measures import UNMEASURED, Learned, Measured, Measures
 from tersely.allocate.optimum import STATES, greedy, knapsack, lems, lems_probe, total
 from tersely.allocate.search import ratio_probes, sensitivity
 from tersely.allocate.shares import block_influence, effective_rank, importance, svd_llm_v2, uniform
+from tersely.allocate.spikes import spikes
 
 ALLOCATORS: dict[str, Allocator] = {
     "block_influence": Allocator(
@@ -82,6 +83,14 @@ ALLOCATORS: dict[str, Allocator] = {
         measures="loss",
         probes=ratio_probes,
     ),
+    "spikes": Allocator(
+        spikes,
+        False,
+        "what spikes stays dense, as far as the budget goes; all else takes its smallest form",
+        "Maisonnave et al., 2025, Precision Where It Matters: A Novel Spike Aware Mixed-Precision Quantization "
+        "Strategy (arXiv 2504.21553)",
+        measures="spikes",
+    ),
     "svd_llm_v2": Allocator(
         svd_llm_v2,
         True,
@@ -129,6 +138,7 @@ __all__ = [
     "lems_probe",
     "ratio_probes",
     "sensitivity",
+    "spikes",
     "svd_llm_v2",
     "uniform",
     "zero_sum",

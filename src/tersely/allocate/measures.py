@@ -16,12 +16,15 @@ class Measures:
     """Site → bytes of an option → nats that the model loses when this is done to the site and to nothing else."""
     learned: Mapping[str, float] = field(default_factory=dict)
     """Site → bytes that gradient descent on the whole model gave it, for one budget."""
+    spikes: Mapping[str, float] = field(default_factory=dict)
+    """Site → its largest number over the usual one, of what it reads or of its weight; see `allocate.spikes`."""
 
 
 UNMEASURED = Measures()
 
-Measured = Literal["similarity", "kl", "loss"]
-"""`Measures.similarity`; or `Measures.harm`, as divergence from the dense model or as rise of the mean loss."""
+Measured = Literal["similarity", "spikes", "kl", "loss"]
+"""`Measures.similarity`; `Measures.spikes`; or `Measures.harm`, as divergence from the dense model or as rise of the
+mean loss."""
 
 Learned = Literal["gates", "truncation"]
 """`Measures.learned`, with gates in the method's factors or on truncated outputs."""

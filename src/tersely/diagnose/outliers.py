@@ -13,12 +13,15 @@ largest norm of a token over the median norm, the share of tokens beyond `FAR` t
 *Projections.*  Massive activations arise in the input of a few linears, down projections of early and late blocks above
 all.  With A the largest |x| over all tokens and m the median over tokens of the largest |x| of a token, the *spike*
 of a projection is A / m, free of any scale; beyond `SPIKE` it should be kept in 16 bits where inputs are quantized
-with one scale for all.  (The paper looks at the largest value itself, over depth.)
+with one scale for all.  (The paper looks at the largest value itself, over depth.)  A weight spikes where the largest
+entry of one row is that far above the median of the rows' largest entries: a scale for all of it is wasted likewise.
+Both are what the allocator `spikes` and the method `spike_aware` go by.
 
 Source: Sun et al., Massive Activations in Large Language Models, 2024 (arXiv 2402.17762); Maisonnave et al., Precision
 Where It Matters: A Novel Spike Aware Mixed-Precision Quantization Strategy, 2025 (arXiv 2504.21553).
 """
 
+from math import isfinite
 from typing import Self
 
 import torch
@@ -28,6 +31,7 @@ from torch import Tensor
 from tersely.diagnose.base import Row, Seen, Subject, row
 from tersely.errors import NumericalError
 from tersely.stats import AbsMax
+from tersely.stats.peaks import weight_spike
 
 FAR = 10.0
 """Times the median norm, beyond which a token is counted as an outlier."""
@@ -115,7 +119,7 @@ def look(subject: Subject) -> list[Row]:
     """Outliers of every input, every projection and every block."""
     rows = []
     for seen in subject.blocks([AbsMax, Moments, Tokens], [Tokens]):
-        rows += _channels(seen) + spikes(seen) + _tokens(seen, subject)
+        rows += _channels(seen) + spikes(seen) + _weights(seen, subject) + _tokens(seen, subject)
     return rows
 
 
@@ -144,6 +148,11 @@ def spikes(seen: Seen) -> list[Row]:
             row(site.name, "flag", "spike" if spike is not None and spike > SPIKE else None),
         ]
     return rows
+
+
+def _weights(seen: Seen, subject: Subject) -> list[Row]:
+    spiky = {site.name: weight_spike(subject.weight(site)) for site in seen.sites}
+    return [row(name, "weight spike", above, "× median row") for name, above in spiky.items() if isfinite(above)]
 
 
 def _tokens(seen: Seen, subject: Subject) -> list[Row]:

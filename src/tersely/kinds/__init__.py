@@ -9,22 +9,28 @@ from torch import Tensor, nn
 from tersely.errors import CheckpointError, unknown
 from tersely.kinds.attention import Attention
 from tersely.kinds.base import Kind, LinearKind, Spec, dense_weight
+from tersely.kinds.codebook import CodebookLinear
+from tersely.kinds.columns import ColumnsLinear
 from tersely.kinds.dense import DenseLinear
 from tersely.kinds.low_rank import LowRankLinear
 from tersely.kinds.pivoted import PivotedLinear
 from tersely.kinds.quantized import QuantizedLinear
 from tersely.kinds.remapped import RemappedLinear
 from tersely.kinds.shared import SharedLinear, link, orphans, owner_of, shared_bytes, shared_from_factors
+from tersely.kinds.sparse import SparseLinear
 from tersely.kinds.sum import SumLinear
 
 KINDS: dict[str, type[Kind]] = {
     "attention": Attention,
+    "codebook": CodebookLinear,
+    "columns": ColumnsLinear,
     "dense": DenseLinear,
     "low_rank": LowRankLinear,
     "pivoted": PivotedLinear,
     "quantized": QuantizedLinear,
     "remapped": RemappedLinear,
     "shared": SharedLinear,
+    "sparse": SparseLinear,
     "sum": SumLinear,
 }
 
@@ -90,6 +96,8 @@ def manifest_of(model: nn.Module) -> dict[str, Spec]:
 __all__ = [
     "KINDS",
     "Attention",
+    "CodebookLinear",
+    "ColumnsLinear",
     "DenseLinear",
     "Kind",
     "LinearKind",
@@ -99,6 +107,7 @@ __all__ = [
     "QuantizedLinear",
     "RemappedLinear",
     "SharedLinear",
+    "SparseLinear",
     "Spec",
     "SumLinear",
     "build",

@@ -1,25 +1,30 @@
 """A weight as small integers with a scale, and perhaps a zero point, for every row and group of columns.
 
-    W'[i, j] = (code[i, j] - zero[i, j // group]) · scale[i, j // group]
+    W'[i, j] = (level(code[i, j]) - zero[i, j // group]) · scale[i, j // group] · column[j]
 
-`codes` and `zeros` lie packed, `bits` bits each (`linalg.packing`); `scales` are floats of 16 bits, or 32, kept as the
-integers that have the same bits, times one power of two, `exponent` (`linalg.grid`).  Everything but the bias is
-integers on purpose: ``model.half()``, ``.to(torch.bfloat16)`` and ``from_pretrained(dtype=…)`` cast whatever floats,
-and would round the scales a second time.  The weight is therefore the same number for number in any dtype, until the
-product rounds it to the dtype of its input.
+`codes` lie packed, `bits` bits each (`linalg.packing`).  They are the levels themselves, or places in a named table of
+2^bits levels (`linalg.levels`).  `zeros` are packed codes too, or float16.  `scales` are floats of 16 or 32 bits, or
+codes of 8 that stand for floats (`linalg.grid`), times one power of two, `exponent`.  `columns` are float16, and so
+that the product is that of the scaled input,  y = (x ⊙ column) [scale · (level(code) - zero)]ᵀ.  What is absent takes
+no bytes and has no buffer.
 
-Bytes:  out · ⌈in · bits / 8⌉  for codes,  2 · out · groups  for scales in 16 bits,  out · ⌈groups · bits / 8⌉  for zero
-points where there are some.
+Everything but the bias is integers on purpose: floats lie as the integers that have the same bits, since
+``model.half()``, ``.to(torch.bfloat16)`` and ``from_pretrained(dtype=…)`` cast whatever floats, and would round the
+scales a second time.  The weight is therefore the same number for number in any dtype, until the product rounds it to
+the dtype of its input.
+
+Bytes:  out · ⌈in · bits / 8⌉  for codes,  2 · out · groups  for scales in 16 bits (1 or 4 times for others),
+out · ⌈groups · bits / 8⌉  for zero points that are codes,  2 · out · groups  for others,  2 · in  for columns.
 
 The input may be rounded too, to a fixed symmetric grid:  x' = round(clip(x / a, ±1) · n) · a / n,  n = 2^(bits-1) - 1.
 This imitates integer arithmetic in floats; gradients pass where the input was not clipped.
 
-A further scale per row or column would be a further key of the spec and a further buffer, both absent where there is
-none.
+In the description `levels` and `columns` (the exponent of the column scales) stand where either is used, and `ladder`
+where scales are of the format log8; all others read as they always did.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, UInt8
@@ -28,14 +33,18 @@ from torch.nn import functional
 
 from tersely.errors import CheckpointError
 from tersely.kinds.base import LinearKind, Spec
-from tersely.linalg.grid import SCALE_FORMATS, Grid, ScaleFormat, Scales, group_count
+from tersely.linalg.grid import SCALE_FORMATS, Grid, Ladder, ScaleFormat, Scales, group_count
+from tersely.linalg.levels import LEVELS, bits_of
 from tersely.linalg.packing import WIDEST, pack, packed_bytes, unpack
 
 INPUT_BITS = range(2, 17)
 
+Zeros = bool | Literal["float16"]
+"""Zero points as a description has them: none, codes, or floats."""
+
 
 class QuantizedLinear(LinearKind):
-    """W' = (codes - zeros) · scales, group by group."""
+    """W' = (levels of the codes - zeros) · scales, group by group, perhaps with scales of the columns."""
 
     name = "quantized"
     packed: ClassVar[bool] = True
@@ -43,6 +52,7 @@ class QuantizedLinear(LinearKind):
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
+    columns: Tensor | None
     bound: Tensor | None
 
     def __init__(
@@ -52,9 +62,12 @@ class QuantizedLinear(LinearKind):
         bits: int,
         *,
         group: int = 0,
-        zeros: bool = True,
+        zeros: Zeros = True,
         scale: ScaleFormat = "float16",
         exponent: int = 0,
+        ladder: Ladder | None = None,
+        levels: str | None = None,
+        columns: int | None = None,
         input_bits: int | None = None,
         bias: bool = False,
     ) -> None:
@@ -63,13 +76,20 @@ class QuantizedLinear(LinearKind):
         self.group = group
         self.scale = scale
         self.exponent = exponent
+        self.ladder = ladder
+        self.levels = levels
+        self.column_exponent = columns
         self.input_bits = input_bits
         groups = group_count(in_features, group)
         packed = torch.empty(out_features, packed_bytes(in_features, bits), dtype=torch.uint8)
         self.register_buffer("codes", packed)
         self.register_buffer("scales", torch.empty(out_features, groups, dtype=SCALE_FORMATS[scale][1]))
-        packed = torch.empty(out_features, packed_bytes(groups, bits), dtype=torch.uint8)
-        self.register_buffer("zeros", packed if zeros else None)
+        if zeros == "float16":
+            self.register_buffer("zeros", torch.empty(out_features, groups, dtype=torch.int16))
+        else:
+            packed = torch.empty(out_features, packed_bytes(groups, bits), dtype=torch.uint8)
+            self.register_buffer("zeros", packed if zeros else None)
+        self.register_buffer("columns", None if columns is None else torch.empty(in_features, dtype=torch.int16))
         self.register_buffer("bound", None if input_bits is None else torch.empty((), dtype=torch.int32))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
@@ -77,7 +97,7 @@ class QuantizedLinear(LinearKind):
     def from_codes(cls, codes: UInt8[Tensor, "out in"], grid: Grid, dtype: torch.dtype) -> Self:
         """A module holding the packed codes on `grid`; `dtype` is that of the weight it replaces, for a bias."""
         out_features, in_features = codes.shape
-        raw = grid.scales.raw
+        raw, zero = grid.scales.raw, grid.zero
         if raw.shape != (out_features, group_count(in_features, grid.group)):
             raise ValueError(f"scales {tuple(raw.shape)} for codes {tuple(codes.shape)} in groups of {grid.group}")
         with torch.device("meta"):
@@ -86,14 +106,20 @@ class QuantizedLinear(LinearKind):
                 out_features,
                 grid.bits,
                 group=grid.group,
-                zeros=grid.zero is not None,
+                zeros=_zeros_of(zero),
                 scale=grid.scales.format,
                 exponent=grid.scales.exponent,
+                ladder=grid.scales.ladder,
+                levels=grid.table,
+                columns=None if grid.columns is None else grid.columns.exponent,
             )
         module.weight = torch.empty(0, dtype=dtype, device=codes.device)
         module.codes = pack(codes, grid.bits)
         module.scales = raw.clone()
-        module.zeros = None if grid.zero is None else pack(grid.zero, grid.bits)
+        if zero is not None:
+            module.zeros = pack(zero, grid.bits) if zero.dtype == torch.uint8 else zero.clone()
+        if grid.columns is not None:
+            module.columns = grid.columns.raw.clone()
         return module
 
     def set_bias(self, bias: Float[Tensor, " out"]) -> None:
@@ -113,9 +139,14 @@ class QuantizedLinear(LinearKind):
 
     def grid(self) -> Grid:
         """The levels, unpacked."""
-        groups = group_count(self.in_features, self.group)
-        zero = None if self.zeros is None else unpack(self.zeros, self.bits, groups)
-        return Grid(self.bits, self.group, Scales(self.scales, self.scale, self.exponent), zero)
+        zero = self.zeros
+        if zero is not None and zero.dtype == torch.uint8:
+            zero = unpack(zero, self.bits, group_count(self.in_features, self.group))
+        columns = None
+        if self.columns is not None and self.column_exponent is not None:
+            columns = Scales(self.columns, "float16", self.column_exponent)
+        scales = Scales(self.scales, self.scale, self.exponent, self.ladder)
+        return Grid(self.bits, self.group, scales, zero, self.levels, columns)
 
     def unpacked(self) -> UInt8[Tensor, "out in"]:
         """The codes, one a byte."""
@@ -125,24 +156,36 @@ class QuantizedLinear(LinearKind):
         return self.grid().levels(self.unpacked())
 
     def spec(self) -> Spec:
+        more: Spec = {}
+        if self.levels is not None or self.column_exponent is not None:
+            more = {"levels": self.levels, "columns": self.column_exponent}
+        if self.ladder is not None:
+            more["ladder"] = list(self.ladder)
         return {
             "kind": self.name,
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bits": self.bits,
             "group": self.group,
-            "zeros": self.zeros is not None,
+            "zeros": _zeros_of(self.zeros),
             "scale": self.scale,
             "exponent": self.exponent,
             "input": None if self.input_bits is None else {"bits": self.input_bits},
             "bias": self.bias is not None,
-        }
+        } | more
 
     @classmethod
     def from_spec(cls, spec: Spec) -> Self:
         _check(spec, "bits", lambda bits: bits in range(1, WIDEST + 1), f"1 to {WIDEST}")
         _check(spec, "group", lambda group: group >= 0, "0 for whole rows, or the columns of a group")
         _check(spec, "scale", lambda scale: scale in SCALE_FORMATS, " or ".join(SCALE_FORMATS))
+        _check(spec, "zeros", lambda zeros: zeros in (True, False, "float16"), "true, false or float16")
+        # both or neither: a description that lost one of them must not read as another weight
+        further = bool(spec.keys() & {"levels", "columns"})
+        levels, columns = (spec["levels"], spec["columns"]) if further else (None, None)
+        if levels is not None and (levels not in LEVELS or bits_of(levels) != spec["bits"]):
+            raise CheckpointError(f"levels {levels!r} with codes of {spec['bits']} bits; known: {', '.join(LEVELS)}")
+        base, step = spec["ladder"] if spec["scale"] == "log8" else (0, 0)
         return cls(
             spec["in_features"],
             spec["out_features"],
@@ -151,6 +194,9 @@ class QuantizedLinear(LinearKind):
             zeros=spec["zeros"],
             scale=spec["scale"],
             exponent=spec["exponent"],
+            ladder=(base, step) if spec["scale"] == "log8" else None,
+            levels=levels,
+            columns=columns,
             input_bits=spec["input"]["bits"] if spec["input"] else None,
             bias=spec["bias"],
         )
@@ -160,13 +206,24 @@ class QuantizedLinear(LinearKind):
 
 
 def quantized_bytes(
-    shape: tuple[int, int], bits: int, group: int, *, zeros: bool, scale: ScaleFormat = "float16"
+    shape: tuple[int, int],
+    bits: int,
+    group: int,
+    *,
+    zeros: Zeros,
+    scale: ScaleFormat = "float16",
+    columns: bool = False,
 ) -> int:
-    """Bytes of a weight of `shape` (out, in) as this kind."""
-    rows, columns = shape
-    groups = group_count(columns, group)
-    of_scales = groups * SCALE_FORMATS[scale][1].itemsize
-    return rows * (packed_bytes(columns, bits) + of_scales + (packed_bytes(groups, bits) if zeros else 0))
+    """Bytes of a weight of `shape` (out, in) as this kind; `columns`: with scales of the columns."""
+    rows, width = shape
+    groups = group_count(width, group)
+    of_group = SCALE_FORMATS[scale][1].itemsize + (2 if zeros == "float16" else 0)
+    of_row = packed_bytes(width, bits) + groups * of_group + (packed_bytes(groups, bits) if zeros is True else 0)
+    return rows * of_row + (2 * width if columns else 0)
+
+
+def _zeros_of(zeros: Tensor | None) -> Zeros:
+    return zeros is not None and (zeros.dtype == torch.uint8 or "float16")
 
 
 class _StraightThrough(torch.autograd.Function):

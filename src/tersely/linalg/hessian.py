@@ -51,8 +51,8 @@ class Feedback:
     def loss(self, errors: Float[Tensor, "in out"], off: Float[Tensor, "out in"]) -> float:
         """tr((W - W') G (W - W')ᵀ), from the errors of a sweep and ``off`` = W - W': the damping's share is taken
         out."""
-        whole = errors.square().sum(dtype=torch.float64) - self.added * off.square().sum(dtype=torch.float64)
-        return max(float(whole), 0.0)  # what is negative is rounding
+        errors, off = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (errors, off))  # no square in float32
+        return max(float(errors**2 - self.added * off**2), 0.0)  # what is negative is rounding
 
 
 def feedback(gram: Float[Tensor, "in in"], *, damping: float, loudest_first: bool) -> Feedback:

@@ -18,22 +18,46 @@ from tersely.methods.low_rank.zs_svd import ZeroSumSVD
 from tersely.methods.mixed import Mixed
 from tersely.methods.prune.modegpt import ModularDecomposition
 from tersely.methods.prune.stat import InterpolativePruning
+from tersely.methods.quantize.aqlm import AQLM
+from tersely.methods.quantize.awq import ActivationAware
+from tersely.methods.quantize.finequant import FineQuant
 from tersely.methods.quantize.gptq import GPTQ
+from tersely.methods.quantize.gwq import GradientAware
+from tersely.methods.quantize.hqq import HalfQuadratic
+from tersely.methods.quantize.mg_ptq import MixedColumns
+from tersely.methods.quantize.mxfp4 import MXFP4
+from tersely.methods.quantize.nf4 import NormalFloat
+from tersely.methods.quantize.qera import QERA
 from tersely.methods.quantize.rtn import RoundToNearest
+from tersely.methods.quantize.sinq import SinkhornNormalized
+from tersely.methods.quantize.spike_aware import SpikeAware
+from tersely.methods.quantize.spqr import SpQR
 
 METHODS: dict[str, type[Method]] = {
     "aa_svd": AnchoredSVD,
     "adasvd": AdaSVD,
     "anchored_kfac": AnchoredTwoSidedSVD,
+    "aqlm": AQLM,
     "asvd": ChannelScaledSVD,
+    "awq": ActivationAware,
     "delta_come": DeltaCoMe,
     "dobi": DobiSVD,
+    "finequant": FineQuant,
     "fwsvd": FisherWeightedSVD,
     "gptq": GPTQ,
+    "gwq": GradientAware,
+    "hqq": HalfQuadratic,
     "kfac_svd": TwoSidedSVD,
+    "mg_ptq": MixedColumns,
     "mixed": Mixed,
+    "mxfp4": MXFP4,
+    "nf4": NormalFloat,
     "nsvd": NSVD,
+    "qera": QERA,
     "rtn": RoundToNearest,
+    "sinq": SinkhornNormalized,
+    "spike_aware": SpikeAware,
+    "spqr": SpQR,
     "svd": PlainSVD,
     "svd_llm": WhitenedSVD,
     "zs_svd": ZeroSumSVD,

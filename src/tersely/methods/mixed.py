@@ -27,7 +27,7 @@ Source: Saha et al., Compressing Large Language Models using Low Rank and Low Pr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,7 +37,6 @@ from torch import Tensor
 from tersely.errors import RecipeError, unknown
 from tersely.kinds import LinearKind, LowRankLinear, dense_weight
 from tersely.kinds.quantized import QuantizedLinear
-from tersely.linalg.grid import Grid, Scales
 from tersely.methods.low_rank.asvd import ChannelScaledSVD
 from tersely.methods.low_rank.svd import PlainSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
@@ -208,6 +207,6 @@ def _error(
 
 def _first_rows(module: QuantizedLinear, rows: int, dtype: torch.dtype) -> QuantizedLinear:
     grid = module.grid()
-    scales = Scales(grid.scales.raw[:rows], grid.scales.format, grid.scales.exponent)
-    part = Grid(grid.bits, grid.group, scales, None if grid.zero is None else grid.zero[:rows])
+    scales = replace(grid.scales, raw=grid.scales.raw[:rows])
+    part = replace(grid, scales=scales, zero=None if grid.zero is None else grid.zero[:rows])
     return QuantizedLinear.from_codes(module.unpacked()[:rows], part, dtype)

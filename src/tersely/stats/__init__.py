@@ -3,8 +3,9 @@
 from tersely.stats.base import Statistic, Stats, keyed_by
 from tersely.stats.channel import AbsMax, AbsMean, Power
 from tersely.stats.cross import Cross
-from tersely.stats.gradient import Fisher, MeanGradient, OutputGram
+from tersely.stats.gradient import DiagonalFisher, Fisher, MeanGradient, OutputGram
 from tersely.stats.gram import BucketGram, Gram
+from tersely.stats.peaks import Peaks
 from tersely.stats.windows import WindowFactors
 
 STATISTICS: dict[str, type[Statistic]] = {
@@ -12,10 +13,12 @@ STATISTICS: dict[str, type[Statistic]] = {
     "abs_mean": AbsMean,
     "bucket_gram": BucketGram,
     "cross": Cross,
+    "diagonal_fisher": DiagonalFisher,
     "fisher": Fisher,
     "gram": Gram,
     "mean_gradient": MeanGradient,
     "output_gram": OutputGram,
+    "peaks": Peaks,
     "power": Power,
     "window_factors": WindowFactors,
 }
@@ -26,10 +29,12 @@ __all__ = [
     "AbsMean",
     "BucketGram",
     "Cross",
+    "DiagonalFisher",
     "Fisher",
     "Gram",
     "MeanGradient",
     "OutputGram",
+    "Peaks",
     "Power",
     "Statistic",
     "Stats",

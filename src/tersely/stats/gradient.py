@@ -11,6 +11,8 @@ so these two expectations are what is gathered, the second one as its mean over 
 input channel.  The square of a gradient that is summed over a batch is something else, and much of it cancels; hence
 one window at a time.
 
+`DiagonalFisher` keeps the entries apart, out · in numbers for every linear.
+
 To first order the same change moves the loss by ⟨E[D], Δ⟩, up or down.  On the text that a model was trained on that is
 nearly nothing for every Δ; over a few windows of it, or on another text, it is not.
 
@@ -39,6 +41,13 @@ class Fisher(Power):
     """Mean square of the gradient in a weight per input channel, ``[in]``, over its rows and over windows."""
 
     keyed: ClassVar[Keyed] = "weight"
+
+
+class DiagonalFisher(Power):
+    """E[D²] of every entry, as a gradient of the mean loss of a window: ``[out * in]``, a weight row by row.  Of one
+    window it is the square of that window's gradient."""
+
+    keyed: ClassVar[Keyed] = "flat"
 
 
 class MeanGradient:

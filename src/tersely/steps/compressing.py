@@ -21,6 +21,7 @@ from tersely.recipe import CacheStep, MethodStep, Step
 from tersely.refine import Refining
 from tersely.report.rows import Row, SiteRow
 from tersely.stats import MeanGradient
+from tersely.steps.learning import taught
 from tersely.steps.scene import Done, Scene
 from tersely.sweeps import Outcome, compress
 from tersely.tables import build, build_allocator
@@ -47,6 +48,7 @@ def run(step: MethodStep | CacheStep, scene: Scene) -> Done:
         store=_store(step, targets, scene),
         progress=scene.progress,
     )
+    job = taught(job)
     sought = None
     if isinstance(step, MethodStep) and step.perplexity is not None:
         sought = seek_plan(job, step.perplexity)

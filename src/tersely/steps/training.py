@@ -1,6 +1,7 @@
 """Steps that train: relaxed modules stand in for the targets, the one loop runs, and what they harden into is kept."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -18,7 +19,8 @@ from tersely.steps.scene import Done, Scene
 from tersely.tables import build
 from tersely.train.loop import TrainingOutcome, train
 from tersely.train.objectives import OBJECTIVES
-from tersely.train.relax import Relaxation
+from tersely.train.relax import Relaxation, Relaxed
+from tersely.train.relax.rounding import weight_of
 from tersely.train.settings import Training
 from tersely.train.standing import harden, relax_sites
 
@@ -63,6 +65,9 @@ def _train(step: TrainStep, scene: Scene, places: tuple[Place, ...]) -> tuple[di
     stats = _statistics(scene, places, relaxation) if relaxation.needs else {}
     generator = torch.Generator(scene.device).manual_seed(scene.seed)
     relaxed = relax_sites(student, [place.name for place in places], relaxation, stats, generator)
+    teacher = _opened(scene.dense, scene.device) if any(OBJECTIVES[name].teaches for name in step.train) else None
+    if teacher is not None:
+        _lean(relaxed, teacher)
     outcome = train(
         student,
         settings_of(step),
@@ -71,11 +76,20 @@ def _train(step: TrainStep, scene: Scene, places: tuple[Place, ...]) -> tuple[di
         generator=generator,
         relaxation=relaxation,
         bits=step.bits,
-        teacher=_opened(scene.dense, scene.device) if any(OBJECTIVES[name].teaches for name in step.train) else None,
+        teacher=teacher,
         journal=scene.journal,
         progress=scene.progress,
     )
     return harden(student, relaxed), outcome
+
+
+def _lean(relaxed: Mapping[str, Relaxed], teacher: nn.Module) -> None:
+    """Tell every relaxed module what its linear was in the dense model."""
+    dense = dict(teacher.named_modules())
+    for name, module in relaxed.items():
+        weight = weight_of(dense.get(name))
+        if weight is not None:
+            module.towards(weight)
 
 
 def _opened(source: Source, device: str) -> nn.Module:

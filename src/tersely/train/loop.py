@@ -1,7 +1,8 @@
 """The one training loop.
 
 What trains stands in the model already: modules of a relaxation in the places of linears (`relax_sites`), or parameters
-that train where they are, chosen by name.  Everything else is frozen.  Minimised is, with AdamW,
+that train where they are, chosen by name.  Everything else is frozen.  Minimised is, with AdamW or by
+the signs of the gradient,
 
     mean over the objectives  +  mean over the relaxed modules of their penalty  +  budget of the relaxation,
 
@@ -343,17 +344,32 @@ def _check(objectives: Mapping[str, Objective], windows: Tensor, teacher: nn.Mod
         raise RecipeError(f"the objective {taught[0]} compares with a teacher, and there is none; give the dense model")
 
 
-def _optimizer(job: _Job) -> torch.optim.AdamW:
+class SignDescent(torch.optim.Optimizer):
+    """θ ← θ - rate · sign(∂L/∂θ): how far a number gets is known beforehand, whatever the size of its gradient."""
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(parameter.grad.sign(), alpha=-group["lr"])
+
+
+def _optimizer(job: _Job) -> torch.optim.Optimizer:
     groups = []
     for group, parameters in job.trained.groups.items():
         rate = job.training.quantizer_rate if group == "quantizers" else None
         for matrices in (True, False):
             chosen = [p for p in parameters.values() if (p.ndim > 1) == matrices]
-            decay = job.training.decay if matrices else 0.0
+            decay = job.training.decay if matrices and group != "quantizers" else 0.0  # codes are not small at zero
             if chosen:
                 rates = {"lr": 0.0, "largest_rate": rate or job.training.rate}
                 groups.append({"params": chosen, "weight_decay": decay} | rates)
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups) if job.training.optimiser == "adam" else SignDescent(groups)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

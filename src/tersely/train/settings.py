@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from tersely.errors import RecipeError
 
 Schedule = Literal["cosine", "linear", "constant"]
+Optimiser = Literal["adam", "sign"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Training:
 
     quantizer_rate: float | None = None
     """Largest learning rate of step sizes and widths; None: `rate`."""
+
+    optimiser: Optimiser = "adam"
+    """AdamW, or steps along the signs of the gradient, all numbers moving by the rate."""
 
     schedule: Schedule = "cosine"
     """How the rate falls after the warm-up: to zero along a half cosine or a line, or not at all."""
@@ -64,6 +68,7 @@ class Training:
         quantizer_rate = self.quantizer_rate
         _require("quantizer_rate", quantizer_rate, quantizer_rate is None or 0 < quantizer_rate < math.inf, "above 0")
         _require("warmup", self.warmup, 0 <= self.warmup < 1, "0 or more, below 1")
+        _require("optimiser", self.optimiser, self.optimiser in get_args(Optimiser), f"one of {get_args(Optimiser)}")
         _require("schedule", self.schedule, self.schedule in get_args(Schedule), f"one of {get_args(Schedule)}")
         _require("patience", self.patience, not self.patience or bool(self.held_out), "0 where no windows are held out")
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tersely.errors import NumericalError, RecipeError
 from tersely.kinds.quantized import QuantizedLinear
-from tersely.linalg.grid import Form, Grid, fit_grid, group_size, nearest_codes, wide
+from tersely.linalg.grid import Form, Grid, fit_grid, group_size, wide
 from tersely.linalg.hessian import Feedback, feedback, sweep
 from tersely.methods.quantize.widths import check_grid, width_of, width_sizes
 from tersely.option import Option
@@ -117,21 +117,35 @@ class GPTQ:
         """Codes, their grid, and the error."""
         weight = wide(weight).masked_fill(spread.dead, 0.0)
         grid = fit_grid(weight, bits, self.group, self.grid, shrink=self.shrink)
-        scales = grid.scales.values().to(weight.dtype).T.contiguous()
-        zeros = grid.zeros(weight.dtype).T.contiguous()
-        columns, size = spread.order.tolist(), group_size(weight.shape[1], self.group)
-        codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
-
-        def decide(place: int, left: Tensor) -> Tensor:
-            column = columns[place]
-            scale, zero = scales[column // size], zeros[column // size]
-            code = nearest_codes(left[0], scale, zero, grid.top)
-            codes[column] = code
-            return code.sub_(zero).mul_(scale)
-
-        errors = sweep(weight, spread, decide, block=self.block)
-        codes = codes.T.contiguous()
-        lost = spread.loss(errors, weight - grid.levels(codes))
-        if not math.isfinite(lost):
-            raise NumericalError("gptq: the error feedback diverged; give a larger damping")
+        codes, lost = rounded_with_feedback(weight, grid, spread, block=self.block)
         return codes, grid, lost
+
+
+def rounded_with_feedback(
+    weight: Float[Tensor, "out in"], grid: Grid, spread: Feedback, *, block: int = 128
+) -> tuple[UInt8[Tensor, "out in"], float]:
+    """Codes on a grid, column by column with error feedback, and the error tr((W - W') G (W - W')ᵀ) that they leave.
+
+    Scales of columns need no Hessian of their own: with W / t and diag(t) H diag(t) every e_i would be the same.
+    Raises NumericalError where the feedback leaves the finite numbers.
+    """
+    scales = grid.scales.values().to(weight.dtype).T.contiguous()
+    zeros = grid.zeros(weight.dtype).T.contiguous()
+    stretch = None if grid.columns is None else grid.columns.values().to(weight.dtype).tolist()
+    columns, size = spread.order.tolist(), group_size(weight.shape[1], grid.group)
+    codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
+
+    def decide(place: int, left: Tensor) -> Tensor:
+        column = columns[place]
+        scale, zero = scales[column // size], zeros[column // size]
+        code = grid.codes(left[0] if stretch is None else left[0] / stretch[column], scale, zero)
+        codes[column] = code
+        value = grid.placed(code, weight.dtype).sub_(zero).mul_(scale)
+        return value if stretch is None else value.mul_(stretch[column])
+
+    errors = sweep(weight, spread, decide, block=block)
+    codes = codes.T.contiguous()
+    lost = spread.loss(errors, weight - grid.levels(codes))
+    if not math.isfinite(lost):
+        raise NumericalError("the error feedback diverged; give a larger damping, or round to nearest")
+    return codes, lost

@@ -42,6 +42,10 @@ class Relaxed(nn.Module, ABC):
         """Bits that the weights of what `harden` would give are stored in, bias not counted; a scalar, differentiable
         where they are learned."""
 
+    def towards(self, weight: Tensor) -> None:
+        """Told before training, where it is known, the dense weight ``[out, in]`` that the linear stood for in the
+        model before any step; a relaxation may begin as near to it as it can."""
+
     def advance(self, done: float) -> None:
         """Told before every step how much of the training is over, 0 to 1, and 1 at its end; for phases and schedules.
         May be called with any value at any time: a resumed run begins in the middle."""
