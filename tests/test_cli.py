@@ -573,7 +573,7 @@ def test_eval_writes_the_json_that_others_read(tersely_, compressed, model_folde
     assert alone["parameters"] == sum(parameter.numel() for parameter in tersely.load(dense).parameters())
     assert [text["text"] for text in alone["texts"]] == [str(text_file), str(tmp_path / "other.txt")]
     for text in alone["texts"]:
-        assert text.keys() == PROTOCOL | {"perplexity"}
+        assert text.keys() == PROTOCOL | {"perplexity", "perplexity_interval"}
         assert (text["length"], text["stride"], text["dtype"]) == (32, 32, "float32")
         assert text["tokens"] == 31 * text["windows"]
         assert f"{text['perplexity']:.4f}" in printed
@@ -585,10 +585,12 @@ def test_eval_writes_the_json_that_others_read(tersely_, compressed, model_folde
         assert (f"dense model it was made from: {dense}" in err) == (not against)
         beside = json.loads((tmp_path / "beside.json").read_text())
         assert beside.keys() == {"model", "bytes", "parameters", "texts", "speed"}
-        assert beside["speed"].keys() == {"prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes"}
-        assert all(value > 0 for value in beside["speed"].values())
+        medians = {"prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes"}
+        assert medians <= beside["speed"].keys()
+        assert all(beside["speed"][key] > 0 for key in medians)
         for text, before in zip(beside["texts"], alone["texts"], strict=True):
-            assert text.keys() == PROTOCOL | {"perplexity", "dense_perplexity", "kl", "top1"}
+            intervals = {"perplexity_interval", "perplexity_ratio_interval", "kl_interval"}
+            assert text.keys() == PROTOCOL | {"perplexity", "dense_perplexity", "kl", "top1"} | intervals
             assert text["dense_perplexity"] == pytest.approx(before["perplexity"], rel=1e-6)
             assert text["kl"] > 0
             assert 0 <= text["top1"] <= 1

@@ -31,6 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import tersely
 from tersely.errors import NumericalError, RecipeError
 from tersely.evaluation import (
     Protocol,
@@ -39,13 +40,22 @@ from tersely.evaluation import (
     evaluate,
     folder_bytes,
     measure_agreement,
+    measure_batches,
+    measure_drift,
     measure_perplexity,
     measure_speed,
+    measure_text,
+    paired,
     parameter_count,
+    window_losses,
 )
-from tersely.text import Text, window_length
+from tersely.text import Text, read_text, window_length
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+DEMO = Path(tersely.__file__).parent / "assets" / "demo"
+SPEED = {
+    "prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes", "batches", "weight_bytes", "resident_bytes",
+}  # fmt: skip
 VOCABULARY, CONTEXT, LENGTH = 61, 48, 16
 SHAPE = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "pad_token_id": None, "eos_token_id": 1}
 GATED = SHAPE | {
@@ -395,6 +405,43 @@ def test_speed_beyond_the_context_is_refused():
         measure_speed(llama(), prompt_tokens=4, new_tokens=0)
 
 
+def test_speed_of_several_sequences():
+    model = llama(num_hidden_layers=3).float()
+    measured = measure_batches(model, [1, 4])
+    assert [one.batch for one in measured.batches] == [1, 4]
+    assert measured.weight_bytes == 4 * parameter_count(model) + 4 * 2 * model.model.rotary_emb.inv_freq.numel()
+    assert measured.resident_bytes is None or 50e6 < measured.resident_bytes < 50e9
+    # keys and values of two heads of four numbers, in three blocks, four bytes each
+    cache = 2 * 2 * 4 * 3 * 4
+    table = 4 * VOCABULARY * 16
+    for one in measured.batches:
+        assert (one.prefill_tokens, one.prompt_tokens, one.new_tokens) == (CONTEXT, CONTEXT // 2, CONTEXT // 2)
+        for figure in (one.prefill_tokens_per_second, one.first_token_seconds, one.decode_tokens_per_second):
+            assert 0 < figure.lower <= figure.median <= figure.upper
+        assert one.cache_bytes_per_token == cache
+        # every weight once a step, of the table of tokens the rows that are looked up; the cache at 3/4 of the context
+        weights = measured.weight_bytes - table + one.batch * table // VOCABULARY
+        assert one.bytes_read_per_token == weights / one.batch + cache * 3 * CONTEXT / 4
+
+
+def test_a_tied_table_is_read_whole():
+    model = llama(tie_word_embeddings=True).float()
+    (one,) = measure_batches(model, [1]).batches
+    cache = 2 * 2 * 4 * 2 * 4
+    assert one.bytes_read_per_token == measure_batches(model, [1]).weight_bytes + cache * 3 * CONTEXT / 4
+
+
+def test_several_sequences_need_room_and_leave_the_model_as_it_was():
+    model = llama().train()
+    before = state_of(model)
+    measure_batches(model, [2])
+    assert equal(before, state_of(model))
+    with pytest.raises(RecipeError, match="give 1 or more sequences"):
+        measure_batches(model, [])
+    with pytest.raises(RecipeError, match="context 7"):
+        measure_batches(llama(max_position_embeddings=7))
+
+
 @pytest.fixture
 def source(text, tmp_path) -> str:
     path = tmp_path / "numbers.txt"
@@ -408,7 +455,7 @@ def test_what_was_not_measured_is_absent(source, tokenizer):
     assert result.keys() == {"parameters", "texts"}
     (row,) = result["texts"]
     protocol = {"text", "sha256", "length", "stride", "first_token", "dtype", "windows", "tokens"}
-    assert row.keys() == protocol | {"perplexity"}
+    assert row.keys() == protocol | {"perplexity", "perplexity_interval"}
     assert row["first_token"] is None
     assert evaluate(model, tokenizer, []).keys() == {"parameters"}
 
@@ -434,7 +481,7 @@ def test_everything_measured(source, tokenizer, tmp_path):
     assert list(result) == ["model", "bytes", "parameters", "texts", "speed"]
     assert result["model"] == str(folder)
     assert result["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
-    assert result["speed"].keys() == {"prefill_tokens_per_second", "decode_tokens_per_second", "peak_bytes"}
+    assert result["speed"].keys() == SPEED
     first, second = result["texts"]
     assert first == second
     assert (first["windows"], first["tokens"], first["stride"], first["first_token"]) == (6, 15 + 5 * 8, 8, "<s>")
@@ -485,3 +532,141 @@ def test_what_the_dense_body_said_is_not_computed_again(text, tokenizer, monkeyp
     assert len(recalled) == len(list(windows.batches()))
     monkeypatch.setattr(dense.get_decoder(), "forward", lambda *arguments, **named: pytest.fail("computed again"))
     assert measure_agreement(model, dense, windows, recalled=recalled) == first
+
+
+# --- an independent implementation ------------------------------------------------------------------------------------
+
+
+def independent(model: PreTrainedModel, numbers: list[int], length: int) -> float:
+    """Perplexity in the fewest lines: its own windows, its own softmax, no batch."""
+    total, count = 0.0, 0
+    for start in range(0, len(numbers) - length + 1, length):
+        window = numbers[start : start + length]
+        with torch.no_grad():
+            logits = model(torch.tensor([window])).logits[0].double()
+        for position in range(1, length):
+            scores = logits[position - 1]
+            largest = scores.max()
+            total += float(largest + (scores - largest).exp().sum().log() - scores[window[position]])
+            count += 1
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize("folder", [DEMO, SHARED / "models" / "reference", SHARED / "models" / "stories260k"])
+def test_trained_models_are_measured_as_an_independent_implementation_measures_them(folder):
+    if not folder.is_dir():
+        pytest.skip(f"no model under {folder}")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    some = Text("stdlib", read_text("stdlib", "evaluation").content[5000:17000])
+    length = 96
+    windows = cut(some, tokenizer, model.config, length=length, limit=12)
+    numbers = tokenizer(some.content, add_special_tokens=False)["input_ids"][: 12 * length]
+    assert measure_perplexity(model, windows) == pytest.approx(independent(model, numbers, length), rel=1e-6)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, gemma2])
+def test_random_models_are_measured_as_an_independent_implementation_measures_them(build, text, tokenizer):
+    model = build()
+    numbers = list(map(int, text.content.split()))
+    found = measure_perplexity(model, cut(text, tokenizer, model.config, length=LENGTH))
+    assert found == pytest.approx(independent(model.eval(), numbers, LENGTH), rel=1e-10)
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_those_of_the_windows(text, tokenizer):
+    model, dense = llama(0), llama(1)
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    said = measure_text(model, dense, windows)
+    losses, dense_losses = window_losses(model, windows), window_losses(dense, windows)
+    reach = 1.959963984540054 * float(losses.std()) / math.sqrt(len(windows))
+    wanted = [math.exp(float(losses.mean()) - reach), math.exp(float(losses.mean()) + reach)]
+    assert said["perplexity_interval"] == pytest.approx(wanted, rel=1e-9)
+    assert said["perplexity_ratio_interval"] == list(paired(losses, dense_losses).ratio_interval)
+    low, high = said["kl_interval"]
+    assert low < said["kl"] < high
+    agreement = measure_agreement(model, dense, windows)
+    assert (said["perplexity"], said["dense_perplexity"]) == (agreement.perplexity, agreement.dense_perplexity)
+    assert (said["kl"], said["top1"]) == (agreement.kl, agreement.top1)
+
+
+def test_one_window_has_no_interval_and_overlapping_ones_no_ratio(text, tokenizer):
+    model, dense = llama(0), llama(1)
+    one = measure_text(model, dense, cut(text, tokenizer, model.config, length=LENGTH, limit=1))
+    assert one.keys() == {"perplexity", "dense_perplexity", "kl", "top1"}
+    overlapping = measure_text(model, dense, cut(text, tokenizer, model.config, length=LENGTH, stride=5))
+    assert "perplexity_interval" in overlapping
+    assert "perplexity_ratio_interval" not in overlapping  # the first window predicts more than the others
+
+
+def test_an_interval_covers_what_other_texts_give():
+    """Of many texts from one source, about 95 in 100 intervals hold the loss on a very long one."""
+    from tersely.evaluation.texts import _interval
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([15.0, *[5.0] * 39], dtype=torch.float64)
+    weights, shares, hits = torch.full((40,), 1 / float(counts.sum()), dtype=torch.float64), counts / counts.sum(), 0
+    for _ in range(400):
+        sums = counts * (3 + torch.randn(40, generator=generator, dtype=torch.float64))
+        low, high = _interval(sums, weights, shares)
+        hits += low < 3 < high
+    assert 0.9 < hits / 400 < 0.98
+
+
+# --- drift ------------------------------------------------------------------------------------------------------------
+
+
+def test_drift_by_hand(text, tokenizer):
+    dense = llama(num_hidden_layers=3).eval()
+    model = llama(num_hidden_layers=3).eval()
+    model.model.layers[1].mlp.down_proj.weight.data *= 0.5
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    fed = torch.cat([windows.tokens(numbers) for numbers, _ in windows.batches()])
+    with torch.no_grad():
+        ours, theirs = (one(fed, output_hidden_states=True).hidden_states[1:-1] for one in (model, dense))
+    found = measure_drift(model, dense, windows)
+    assert [one.block for one in found] == [0, 1, 2]
+    assert (found[0].relative_error, found[0].cosine) == (0, pytest.approx(1, abs=1e-12))
+    assert found[1].relative_error == pytest.approx(float((ours[1] - theirs[1]).norm() / theirs[1].norm()), rel=1e-9)
+    cosines = torch.nn.functional.cosine_similarity(ours[1], theirs[1], dim=-1)
+    assert found[1].cosine == pytest.approx(float(cosines.mean()), rel=1e-9)
+    assert found[2].relative_error > 0
+
+
+def test_drift_leaves_the_models_as_they_were_and_refuses_other_shapes(text, tokenizer):
+    model, dense = llama().train(), llama(1)
+    windows = cut(text, tokenizer, model.config, length=LENGTH)
+    before = state_of(model), state_of(dense)
+    measure_drift(model, dense, windows)
+    assert equal(before[0], state_of(model))
+    assert equal(before[1], state_of(dense))
+    with pytest.raises(RecipeError, match=r"the model has no block model\.layers\.2"):
+        measure_drift(model, llama(num_hidden_layers=3), windows)
+    with pytest.raises(RecipeError, match="8 wide, the dense one 16"):
+        measure_drift(llama(hidden_size=8), dense, windows)
+    with pytest.raises(RecipeError, match="drift from the dense model"):
+        evaluate(model, tokenizer, [], drift=True)
+    dense.model.layers[1].mlp.down_proj.weight.data[0] = float("nan")
+    with pytest.raises(NumericalError, match="block 1: a hidden state is not finite"):
+        measure_drift(model, dense, windows)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+def test_samples_stand_side_by_side(source, tokenizer):
+    model, dense = llama(0), llama(1)
+    figures = evaluate(model, tokenizer, [source], length=LENGTH, against=dense, drift=True, prompts=["5 6 7"])
+    (sample,) = figures["samples"]
+    assert sample.keys() == {"prompt", "text", "dense", "agreeing"}
+    fed = torch.tensor([[5, 6, 7]])
+    said = [one.eval().generate(fed, max_new_tokens=45, do_sample=False)[0, 3:].tolist() for one in (model, dense)]
+    same = [a == b for a, b in zip(*said, strict=False)]
+    assert sample["agreeing"] == (same.index(False) if False in same else len(same))
+    assert sample["text"].split() == [str(number) for number in said[0] if number > 0]
+    assert len(figures["texts"][0]["drift"]) == 2
+    (alone,) = evaluate(model, tokenizer, [], prompts=["5 6 7"])["samples"]
+    assert alone == {"prompt": "5 6 7", "text": sample["text"]}
+    with pytest.raises(RecipeError, match="leaves no room in the model's context of 48"):
+        evaluate(model, tokenizer, [], prompts=["5 " * 48])

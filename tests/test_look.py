@@ -171,20 +171,20 @@ def test_the_page_holds_every_site_and_loads_nothing(result):
     seen = Text((result.out / "report.html").read_text(encoding="utf-8"))
     assert all(site.name in seen.said for site in result.report.sites)
     assert result.report.coverage in seen.said
-    assert seen.links == [] and "script" not in seen.tags
+    assert "script" not in seen.tags and all(link.startswith("#") for link in seen.links)
 
 
 def test_a_hostile_model_name_is_text():
-    name = "<script>alert(1)</script>"
+    name = "<i>alert(1)</i>"
     report = Report(name, {"step": [{"method": name}]}, {"tersely": "0"}, name, warnings=[name], degraded={name: name})
     seen = Text(page(report))
-    assert "script" not in seen.tags
+    assert "i" not in seen.tags
     assert seen.said.count(name) >= 5
     row = {"text": name, "method": name, "options": {"allocate": name, "propagate": name}, "keep": 0.5, "bytes": 1}
     row |= {"perplexity": 2.0, "dense_perplexity": 1.0, "kl": 0.1, "top1": 0.5, "left_dense": 0, "seconds": 1.0}
     protocol = {"windows": 1, "length": 2, "stride": 2, "first_token": None, "dtype": "float32", "tokens": 1}
     seen = Text(comparison_page(name, [row | {"protocol": protocol | {"sha256": "0" * 64}}]))
-    assert "script" not in seen.tags and name in seen.said
+    assert "i" not in seen.tags and name in seen.said
 
 
 def test_degraded_sites_are_said_before_any_table(result):

@@ -11,8 +11,9 @@ from tersely.errors import RecipeError
 from tersely.kinds import Made
 from tersely.kinds.quantized import QuantizedLinear
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
-from tersely.methods.mixed import Mixed
+from tersely.methods.mixed import BRANCH_ROUNDS, Mixed
 from tersely.methods.quantize.gptq import GPTQ
+from tersely.methods.quantize.qera import QERA
 from tersely.stats import AbsMean, Gram, Stats
 
 
@@ -41,7 +42,11 @@ def weight_bytes(module) -> int:
 
 
 def small(**settings) -> Mixed:
-    return Mixed(**({"widths": (2, 4), "group": 8, "ranks": 4} | settings))
+    return Mixed(**({"widths": (2, 4), "group": 8, "groups": (4, 8), "ranks": 4, "branches": (1.5,)} | settings))
+
+
+PLAIN = {"group": 8, "groups": (8,), "branches": (), "scale": "float16", "shrink": False, "widths": (2, 3, 4, 8)}
+"""What methods do where nothing else is asked of them."""
 
 
 every_case = pytest.mark.parametrize(
@@ -52,7 +57,11 @@ every_case = pytest.mark.parametrize(
 
 
 @every_case
-@pytest.mark.parametrize("settings", [{}, {"quantize": "rtn"}, {"low_rank": "svd"}, {"low_rank": "asvd"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"quantize": "rtn"}, {"quantize": "sinq"}, {"quantize": "hqq"}, {"low_rank": "svd"}, {"low_rank": "asvd"}],
+    ids=str,
+)
 def test_every_option_predicts_the_error_and_the_bytes_of_its_module(out, columns, dtype, settings):
     weight, stats = case(out, columns, dtype=dtype)
     method = small(**settings)
@@ -83,9 +92,9 @@ def test_sizes_are_the_options_without_errors():
 
 def test_what_each_method_alone_offers_is_offered():
     weight, stats = case(32, 32)
-    offered = {repr(o.amount): o for o in Mixed(group=8).options(weight, stats)}
+    offered = {repr(o.amount): o for o in Mixed(**PLAIN).options(weight, stats)}
     for option in GPTQ(group=8).options(weight, stats)[1:]:
-        ours = offered[repr({"bits": option.amount})]
+        ours = offered[repr({"bits": option.amount, "group": 8})]
         assert ours.nbytes == option.nbytes
         assert ours.error == pytest.approx(option.error, rel=1e-4)
     ranks = {o.amount: o for o in WhitenedSVD().options(weight, stats)}
@@ -121,7 +130,7 @@ def test_both_factors_are_quantized_and_nest():
 
 def test_more_bits_and_more_rank_lose_less():
     weight, stats = case(32, 24)
-    found = {tuple(sorted(o.amount.items())): o.error for o in Mixed(group=8, ranks=5).options(weight, stats)[1:]}
+    found = {tuple(sorted(o.amount.items())): o.error for o in Mixed(**PLAIN | {"ranks": 5}).options(weight, stats)[1:]}
     ranks = sorted({dict(amount)["rank"] for amount in found if "rank" in dict(amount)})
     for rank in ranks:
         by_width = [found[("bits", width), ("rank", rank)] for width in (2, 3, 4, 8)]
@@ -156,13 +165,14 @@ def test_few_tokens_and_zero_weights_do():
 def test_an_exact_division_gains_from_more_options():
     """Each family alone, and their union; the smallest option is shared, so that all are measured by one yardstick."""
     cases = [case(40, 40), case(40, 24, seed=20), case(24, 40, seed=30)]
-    method = Mixed(group=8, ranks=5, widths=(2, 4))
+    method = small(ranks=5, group=8)
     offered = [method.options(weight, stats) for weight, stats in cases]
     families = {
         "all": lambda amount: True,
-        "ranks": lambda amount: "bits" not in amount,
-        "bits": lambda amount: "rank" not in amount,
-        "both": lambda amount: len(amount) == 2,
+        "ranks": lambda amount: amount.keys() == {"rank"},
+        "bits": lambda amount: amount.keys() == {"bits", "group"},
+        "both": lambda amount: amount.keys() == {"rank", "bits"},
+        "branches": lambda amount: "branch" in amount,
     }
     for keep in (0.15, 0.25, 0.4):
         losses = {}
@@ -185,7 +195,43 @@ def test_an_exact_division_gains_from_more_options():
         assert losses["all"] < losses["ranks"]
 
 
-@pytest.mark.parametrize("amount", [0, 3, None, {}, {"rank": 0}, {"rank": 12}, {"bits": 3}, {"rank": 2, "group": 4}])
+def test_a_branch_takes_the_bytes_it_may_and_is_what_qera_makes():
+    weight, stats = case(40, 40)
+    method = small(branches=(0.75, 1.5, 1.51), widths=(2,))
+    found = [o for o in method.options(weight, stats) if o.amount and "branch" in o.amount]
+    alone = next(o for o in method.options(weight, stats) if o.amount == {"bits": 2, "group": 8})
+    assert len(found) == 2
+    for option, bits in zip(found, (0.75, 1.5), strict=True):
+        assert 0 < option.nbytes - alone.nbytes <= bits * 40 * 40 / 8
+        assert option.error <= alone.error
+        alike = QERA(group=8, rounds=BRANCH_ROUNDS)
+        made = alike.compress(weight, stats, {"bits": 2, "rank": option.amount["branch"]})
+        assert measured(weight, stats, made) == pytest.approx(option.error)
+        assert made.nbytes() == option.nbytes
+
+
+def test_groups_that_are_the_same_are_offered_once():
+    offered = [o.amount for o in small(groups=(4, 16, 64, 0), ranks=0, branches=()).sizes((20, 12), 2)[1:]]
+    assert sorted(a["group"] for a in offered if a["bits"] == 2) == [0, 4]
+    made = small(groups=(4, 16), ranks=0).compress(*case(8, 12), {"bits": 2, "group": 16})
+    assert made.grid().scales.raw.shape == (8, 1)
+
+
+def test_smaller_groups_lie_between_the_widths():
+    weight, stats = case(40, 64)
+    found = small(ranks=0, branches=(), widths=(2, 3), groups=(16, 32, 64)).options(weight, stats)[1:]
+    assert [(o.amount["bits"], o.amount["group"]) for o in found] == [(b, g) for b in (2, 3) for g in (64, 32, 16)]
+    by_group = {o.amount["group"]: o.error for o in found if o.amount["bits"] == 2}
+    assert by_group[16] < by_group[32] < by_group[64]
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [0, 3, None, {}, {"rank": 0}, {"rank": 12}, {"bits": 3}, {"bits": 2}, {"rank": 2, "group": 4},
+     {"bits": 2, "group": 5}, {"bits": 3, "group": 8}, {"bits": 2, "group": 4, "branch": 6},
+     {"bits": 2, "group": 8, "branch": 3}, {"bits": 4, "group": 8, "branch": 6}, {"rank": 2, "branch": 6}],
+    ids=str,
+)  # fmt: skip
 def test_other_amounts_are_refused(amount):
     weight, stats = case(24, 24)
     with pytest.raises(RecipeError, match="wanted a rank up to 11, bits out of"):
@@ -194,8 +240,9 @@ def test_other_amounts_are_refused(amount):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"low_rank": "svdllm"}, {"quantize": "awq"}, {"widths": ()}, {"widths": (4, 4)}, {"widths": (9,)}, {"ranks": 0},
-     {"group": -1}],
+    [{"low_rank": "svdllm"}, {"quantize": "awq"}, {"widths": ()}, {"widths": (4, 4)}, {"widths": (9,)}, {"ranks": -1},
+     {"group": -1}, {"groups": ()}, {"groups": (8, 8)}, {"groups": (-1,)}, {"branches": (0,)}, {"branches": (9,)},
+     {"factor_width": 1}, {"scale": "float8"}],
     ids=str,
 )  # fmt: skip
 def test_wrong_settings_are_refused(settings):

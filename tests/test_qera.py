@@ -3,6 +3,8 @@
 W is a weight, Q its integers, U V the branch, G the Gram matrix of the inputs, L = tr((W - W') G (W - W')ᵀ).
 """
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,8 +23,8 @@ from tersely.methods.quantize.sinq import SinkhornNormalized
 from tersely.stats import Gram, Stats
 
 GROUP = 8
-FLOATS = {"group": GROUP, "factor_width": None}
-"""Factors in the dtype of the weight: float64 here, so that identities hold."""
+FLOATS = {"group": GROUP, "factor_width": None, "rounds": 0}
+"""The paper's; factors in the dtype of the weight, float64 here, so that identities hold."""
 
 every_quantizer = pytest.mark.parametrize("quantize", ["gptq", "hqq", "rtn", "sinq"])
 every_metric = pytest.mark.parametrize("metric", ["gram", "channels", "none"])
@@ -73,7 +75,7 @@ def test_no_other_branch_of_that_rank_does_better():
     off = weight - made.terms[0].to_dense().double()
     up, down = (getattr(made.terms[1], name).weight.detach() for name in ("up", "down"))
     least = energy(off - up @ down, gram)
-    for seed in range(20):
+    for seed in range(10):
         moved = (up + 1e-2 * normal(*up.shape, seed=seed)) @ (down + 1e-2 * normal(*down.shape, seed=50 + seed))
         assert energy(off - moved, gram) > least
     for other in ("channels", "none"):
@@ -98,7 +100,7 @@ def test_without_rank_it_is_the_quantizer_bit_for_bit(quantize, bits):
         "rtn": RoundToNearest(group=GROUP, shrink=bits <= 3),
         "sinq": SinkhornNormalized(group=GROUP, feedback=True),
     }[quantize].compress(weight, stats, bits)
-    made = of(QERA(quantize=quantize, group=GROUP, rounds=2), weight, stats, 0, bits)
+    made = of(QERA(quantize=quantize, group=GROUP, scale="float16"), weight, stats, 0, bits)
     assert isinstance(made, QuantizedLinear) and made.spec() == alone.spec()
     for name, tensor in alone.state_dict().items():
         assert torch.equal(tensor, made.state_dict()[name])
@@ -113,7 +115,7 @@ def test_the_integers_beside_a_branch_are_those_of_the_quantizer(quantize):
     assert torch.equal(made.terms[0].to_dense(), of(method, weight, stats, 0).to_dense())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(["gptq", "hqq", "rtn", "sinq"]),
     st.sampled_from(["gram", "channels", "none"]),
@@ -133,8 +135,8 @@ def test_a_branch_is_never_worse_than_none(quantize, metric, factor_width, rank,
 @pytest.mark.parametrize("metric", ["gram", "channels"])
 def test_more_rounds_are_never_worse_and_sometimes_better(metric):
     weight, stats = case(dtype=torch.float32)
-    found = [lost(weight, stats, of(QERA(group=GROUP, metric=metric, rounds=n), weight, stats, 3)) for n in range(5)]
-    assert all(more <= less * (1 + 1e-6) for less, more in zip(found, found[1:], strict=False))
+    found = [lost(weight, stats, of(QERA(group=GROUP, metric=metric, rounds=n), weight, stats, 3)) for n in range(4)]
+    assert all(more <= less * (1 + 1e-6) for less, more in itertools.pairwise(found))
     if metric == "gram":
         assert found[-1] < found[0]
 
@@ -142,14 +144,18 @@ def test_more_rounds_are_never_worse_and_sometimes_better(metric):
 def test_more_rank_loses_less():
     weight, stats = case()
     for width in (None, 8):
-        found = [lost(weight, stats, of(QERA(group=GROUP, factor_width=width), weight, stats, r)) for r in range(12)]
+        found = [
+            lost(weight, stats, of(QERA(group=GROUP, factor_width=width, rounds=0), weight, stats, r))
+            for r in range(12)
+        ]
         assert found == sorted(found, reverse=True)
 
 
 def test_wider_factors_lose_less_and_eight_bits_lose_next_to_nothing():
     weight, stats = case()
     found = [
-        lost(weight, stats, of(QERA(group=GROUP, factor_width=width), weight, stats, 4)) for width in (2, 4, 8, None)
+        lost(weight, stats, of(QERA(group=GROUP, factor_width=width, rounds=0), weight, stats, 4))
+        for width in (2, 4, 8, None)
     ]
     assert found == sorted(found, reverse=True)
     assert found[2] < 1.005 * found[3]

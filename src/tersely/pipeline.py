@@ -18,6 +18,7 @@ from tersely.checkpoint import Source, locate, open_source, read_config, read_he
 from tersely.deltas.folder import open_delta, write_delta
 from tersely.errors import RecipeError, TerselyError
 from tersely.evaluation import evaluate as measure
+from tersely.evaluation import protocol_named
 from tersely.evaluation.memory import peak_memory
 from tersely.job import Progress
 from tersely.journal import Journal, commit_text
@@ -128,6 +129,11 @@ def evaluate(
     length: int | None = None,
     stride: int | None = None,
     windows: int | None = None,
+    protocol: str | None = None,
+    tasks: Sequence[str] = (),
+    questions: int | None = None,
+    drift: bool = False,
+    prompts: Sequence[str] = (),
     speed: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str = "cpu",
@@ -136,8 +142,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a model on texts; with `against` also KL divergence and top-1 agreement to that model.
 
-    The fields are those of ``tersely eval --json``; one that was not measured is absent.
+    `protocol` is that of a paper's code (`tersely.evaluation.PROTOCOLS`).  `against` may be the JSON of an evaluation,
+    too, if that is of the same protocol.  Tasks, drift and prompts are those of `tersely.evaluation.evaluate`.  The
+    fields are those of ``tersely eval --json``; one that was not measured is absent.
     """
+    recorded = None
+    if isinstance(against, str | Path) and Path(against).suffix == ".json":
+        recorded, against = Path(against), None
+    if protocol is not None and dtype == "auto":
+        dtype = protocol_named(protocol).dtype or dtype
     if isinstance(model, str | Path):
         folder = locate(str(model))
         opened = load(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -156,7 +169,13 @@ def evaluate(
         stride=stride,
         first_token=needs_first_token(opened.config),
         windows=windows,
+        protocol=protocol,
         against=dense,
+        recorded=recorded,
+        tasks=tasks,
+        questions=questions,
+        drift=drift,
+        prompts=prompts,
         speed=speed,
         folder=folder,
         progress=progress,

@@ -6,15 +6,30 @@ it.  It is tokenised once, as a whole, without special tokens, and cut into wind
 The source ``stdlib`` needs no network: sources and documentation topics of the running Python.  Its modules are divided
 by the hash of their names into three disjoint splits, so that a module never moves between training, calibration and
 evaluation, whatever the version of Python.
+
+Published protocols join the *rows* of a data set in manners of their own, so that a source also hands out rows
+(`read_rows`).  What the rows of a plain file are depends on what it is a file of:
+
+    WikiText   every line with its end, blank ones as empty strings: what the hub's wikitext-2-raw-v1 holds
+    PTB        every line, stripped: what the hub's ptb_text_only holds
+    any other  one row, the file itself
+
+The first two are told by their form (all lines begin and end with a blank; WikiText has headings, `` = Title = ``), or
+named: ``wikitext=FILE``, ``ptb=FILE``, ``c4=FILE``.  Records of JSON lines and of datasets are rows as they are.
+
+Tokens of a long text are kept in the user's cache folder under the checksum of the text and of all that its tokenizer
+says of itself; a damaged entry is made again.
 """
 
 import ast
 import hashlib
 import json
+import logging
+import os
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +41,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 Purpose = Literal["calibration", "evaluation"]
+Corpus = Literal["wikitext", "ptb", "c4", "documents", "text"]
+"""What the rows of a source are rows of; a corpus that protocols name, documents of anything else, or one text."""
 
 SEPARATOR = "\n\n"
 LONGEST_NAME = 1024  # longer ones are texts given by mistake, which no file system is asked about
@@ -44,6 +63,12 @@ DATASETS = {
 }
 MOST_OF_A_DATASET = 64 * 10**6
 """Characters after which a dataset is read no further: C4 alone would be 300 GB."""
+FIRST_SHARD = {"c4": "en/c4-validation.00000-of-00008.json.gz"}
+"""The one file that protocols read of a corpus, whatever its split."""
+
+NAMED_CORPORA: tuple[Corpus, ...] = ("wikitext", "ptb", "c4")
+KEPT_FROM = 2**19
+"""Characters from which on tokens are kept: below, making them is faster than finding them."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +77,33 @@ class Text:
 
     source: str
     content: str
+    revision: str | None = None
+    """The commit of the hub that a dataset was read at; None where there is none or the hub cannot be asked."""
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A text in the records that its source holds.
+
+    `text.content` is the file itself where there is one, else the rows joined by two newlines: its checksum is the one
+    that `read_text` gives.  `split` is the one that was read of a dataset.
+    """
+
+    text: Text
+    corpus: Corpus
+    rows: tuple[str, ...]
+    split: str | None = None
+
+
 def read_text(source: str, purpose: Purpose) -> Text:
     """Read a text.
 
     `source` is a text file, a ``.jsonl`` file whose records have a ``text`` field, ``stdlib``, or a `datasets` name
-    written ``name[:configuration[:split]]`` (a hub path, a local folder, or one of `DATASETS`).  A trailing
+    written ``name[:configuration[:split]][@revision]`` (a hub path, a local folder, or one of `DATASETS`).  A trailing
     ``[start:stop]`` takes that range of UTF-8 bytes.  `purpose` chooses the split where the source leaves it open.
 
     Raises RecipeError for a source that does not exist, cannot be decoded, or holds no text.
@@ -70,27 +111,99 @@ def read_text(source: str, purpose: Purpose) -> Text:
     if not source.strip():
         raise RecipeError("a text without a name; give a file, a datasets name, or stdlib")
     name, start, stop = _byte_range(source)
-    path = Path(name)
+    revision = None
     if name == "stdlib" or name.startswith("stdlib:"):
-        content = _stdlib(name.partition(":")[2] or purpose)
-    elif len(name) < LONGEST_NAME and path.is_file():
-        content = _jsonl(path) if path.suffix == ".jsonl" else _decoded(path)
+        content = SEPARATOR.join(_stdlib(name.partition(":")[2] or purpose))
+    elif _is_file(name):
+        path = Path(name)
+        content = SEPARATOR.join(_jsonl(path)) if path.suffix == ".jsonl" else _decoded(path)
     else:
-        content = _dataset(name, purpose)
+        documents, _, revision = _dataset(name, purpose)
+        content = SEPARATOR.join(documents)
+    return _text(source, _sliced(content, start, stop), revision)
+
+
+def read_rows(source: str, purpose: Purpose = "evaluation", splits: Mapping[str, str] | None = None) -> Rows:
+    """Read a text as the rows of its source; see the head of this file.
+
+    `source` is as for `read_text`, and may begin with the name of a corpus, ``ptb=FILE``.  A range of bytes is taken of
+    plain files only.  `splits`: corpus → split to read of it where the source names none.
+
+    Raises RecipeError as `read_text` does.
+    """
+    if not source.strip():
+        raise RecipeError("a text without a name; give a file, a datasets name, or stdlib")
+    named, rest = _named_corpus(source)
+    name, start, stop = _byte_range(rest)
+    revision, split = None, None
+    corpus: Corpus = "documents"
+    if _is_file(name) and Path(name).suffix != ".jsonl":
+        content = _text(source, _sliced(_decoded(Path(name)), start, stop)).content
+        corpus = named or _corpus_of(content)
+        return Rows(Text(source, content), corpus, tuple(_rows_of(content, corpus)))
     if start is not None or stop is not None:
-        content = content.encode()[start:stop].decode(errors="ignore")
-    if not content.strip():
-        raise RecipeError(f"text {source!r} is empty; name a source with some text in it")
-    return Text(source, content)
+        raise RecipeError(f"text {source!r}: a range of bytes is no rows; give the source whole, or a plain file")
+    if name == "stdlib" or name.startswith("stdlib:"):
+        documents: Sequence[str] = _stdlib(name.partition(":")[2] or purpose)
+    elif _is_file(name):
+        documents = _jsonl(Path(name))
+    else:
+        if (first := re.split("[:@]", name)[0]) in DATASETS:
+            corpus = next(one for one in NAMED_CORPORA if one == first)
+        documents, split, revision = _dataset(name, purpose, (splits or {}).get(corpus), corpus != "documents")
+    return Rows(_text(source, SEPARATOR.join(documents), revision), named or corpus, tuple(documents), split)
 
 
-def tokenise(content: str, tokenizer: "PreTrainedTokenizerBase") -> "Tensor":
-    """Token numbers of the whole text, shape ``[tokens]``, without added special tokens."""
+def tokenise(content: str, tokenizer: "PreTrainedTokenizerBase", *, special: bool = False) -> "Tensor":
+    """Token numbers of the whole text, shape ``[tokens]``.
+
+    No special tokens are added, unless `special` asks for those that the tokenizer adds to a text on its own.
+    """
     import torch
 
+    kept = _kept_tokens(content, tokenizer, special) if len(content) >= KEPT_FROM else None
+    if kept is not None and (found := _read_tokens(kept)) is not None:
+        return torch.frombuffer(found, dtype=torch.int32).long()
     # verbose=False: the warning about a sequence beyond the context does not apply, windows are cut from it
-    numbers = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(numbers, dtype=torch.long)
+    numbers = tokenizer(content, add_special_tokens=special, verbose=False)["input_ids"]
+    tokens = torch.tensor(numbers, dtype=torch.long)
+    if kept is not None:
+        _keep_tokens(kept, tokens.int().numpy().tobytes())
+    return tokens
+
+
+def _kept_tokens(content: str, tokenizer: "PreTrainedTokenizerBase", special: bool) -> Path | None:
+    """Where tokens are kept; None for a tokenizer that cannot be told from others by what it says of itself."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    import tokenizers
+
+    said = (type(tokenizer).__name__, tokenizers.__version__, special, backend.to_str(), content)
+    digest = hashlib.sha256()
+    for part in said:
+        digest.update(hashlib.sha256(str(part).encode()).digest())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return folder / "tersely" / "tokens" / digest.hexdigest()
+
+
+def _read_tokens(path: Path) -> bytearray | None:
+    """32-bit numbers behind their checksum; None where there are none, or others than were written."""
+    try:
+        stored = path.read_bytes()
+    except OSError:
+        return None
+    return bytearray(stored[32:]) if stored[:32] == hashlib.sha256(stored[32:]).digest() else None
+
+
+def _keep_tokens(path: Path, tokens: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        temporary.write_bytes(hashlib.sha256(tokens).digest() + tokens)
+        temporary.replace(path)
+    except OSError as error:  # a full or read-only disk costs time, and no number
+        logger.info("tokens are not kept in %s: %s", path.parent, error)
 
 
 def check_vocabulary(tokens: "Tensor", config: "PreTrainedConfig") -> None:
@@ -145,10 +258,10 @@ def _digest(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest())
 
 
-def _stdlib(split: str) -> str:
+def _stdlib(split: str) -> list[str]:
     if split not in STDLIB_SPLITS:
         raise RecipeError(f"the standard library has no split {split!r}; known: {', '.join(STDLIB_SPLITS)}")
-    return SEPARATOR.join(text for _, text in stdlib_documents(split))
+    return [text for _, text in stdlib_documents(split)]
 
 
 def _stdlib_sources(root: Path) -> Iterator[tuple[str, str, str]]:
@@ -179,6 +292,51 @@ def _byte_range(source: str) -> tuple[str, int | None, int | None]:
     return name, int(start) if start else None, int(stop) if stop else None
 
 
+def _is_file(name: str) -> bool:
+    return len(name) < LONGEST_NAME and Path(name).is_file()
+
+
+def _text(source: str, content: str, revision: str | None = None) -> Text:
+    if not content.strip():
+        raise RecipeError(f"text {source!r} is empty; name a source with some text in it")
+    return Text(source, content, revision)
+
+
+def _sliced(content: str, start: int | None, stop: int | None) -> str:
+    if start is None and stop is None:
+        return content
+    return content.encode()[start:stop].decode(errors="ignore")
+
+
+def _named_corpus(source: str) -> tuple[Corpus | None, str]:
+    """``ptb=FILE`` as its two parts; a file of such a name is a file."""
+    name, is_named, rest = source.partition("=")
+    for corpus in NAMED_CORPORA if is_named and not _is_file(source) else ():
+        if name == corpus:
+            return corpus, rest
+    return None, source
+
+
+def _corpus_of(content: str) -> Corpus:
+    """By the form of the lines; a range of bytes may have cut the first and the last."""
+    lines = [line for line in content.split("\n")[1:-1] if line]
+    if not lines or not all(line[0] == line[-1] == " " for line in lines):
+        return "text"
+    return "wikitext" if any(re.fullmatch(" = [^=]+ = ", line) for line in lines) else "ptb"
+
+
+def _rows_of(content: str, corpus: Corpus) -> list[str]:
+    lines = re.findall(r"[^\n]*\n|[^\n]+", content)
+    match corpus:
+        case "wikitext":
+            return [line if line.strip() else "" for line in lines]
+        case "ptb":
+            return [line.strip() for line in lines]
+        case "c4":
+            return [line.removesuffix("\n") for line in lines if line.strip()]
+    return [content]
+
+
 def _decoded(path: Path) -> str:
     try:
         return path.read_bytes().decode()
@@ -186,7 +344,7 @@ def _decoded(path: Path) -> str:
         raise RecipeError(f"text {path}: not UTF-8 at byte {error.start}; convert it, or name a text file") from error
 
 
-def _jsonl(path: Path) -> str:
+def _jsonl(path: Path) -> list[str]:
     documents = []
     for number, line in enumerate(_decoded(path).split("\n"), start=1):  # records may hold other line separators
         if not line.strip():
@@ -200,11 +358,15 @@ def _jsonl(path: Path) -> str:
         if not _encodable(record["text"]):
             raise RecipeError(f"text {path}, line {number}: half a surrogate pair, which is no text; repair the record")
         documents.append(record["text"])
-    return SEPARATOR.join(documents)
+    return documents
 
 
 @lru_cache(maxsize=8)  # a stream is read once a process, not once a use
-def _dataset(name: str, purpose: Purpose) -> str:
+def _dataset(
+    name: str, purpose: Purpose, usual: str | None = None, whole: bool = False
+) -> tuple[tuple[str, ...], str, str | None]:
+    """Documents, split and revision of a dataset.  `usual` is the split to read where the name has none; `whole`: all
+    of it, or of its `FIRST_SHARD`."""
     looks_like_file = name.startswith((".", "/", "~")) or Path(name).suffix in {".txt", ".jsonl", ".raw", ".tokens"}
     if looks_like_file and not Path(name.partition(":")[0]).is_dir():
         raise RecipeError(f"text {name!r}: no such file; give a text file, a .jsonl file, a datasets name, or stdlib")
@@ -214,27 +376,45 @@ def _dataset(name: str, purpose: Purpose) -> str:
         raise RecipeError(
             f"text {name!r} is no file; to read it as a dataset install the extra: pip install 'tersely[datasets]'"
         ) from error
-    first, *rest = name.split(":")
+    name_alone, _, pinned = (name, "", "") if Path(name.partition(":")[0]).exists() else name.partition("@")
+    first, *rest = name_alone.split(":")
     path, configuration, column, evaluated = DATASETS.get(first, (first, None, "text", "test"))
     configuration = rest[0] or configuration if rest else configuration
-    split = rest[1] if len(rest) > 1 else "train" if purpose == "calibration" else evaluated
+    split = rest[1] if len(rest) > 1 else "train" if purpose == "calibration" else usual or evaluated
     documents, characters = [], 0
+    revision = _revision(path, pinned or None)
+    asked: dict[str, object] = {} if revision is None else {"revision": revision}
+    if whole and split == "validation" and first in FIRST_SHARD:
+        configuration, asked["data_files"] = None, {split: FIRST_SHARD[first]}
     try:
-        for record in datasets.load_dataset(path, configuration, split=split, streaming=True):
+        for record in datasets.load_dataset(path, configuration, split=split, streaming=True, **asked):
             if column not in record:
                 raise RecipeError(f"dataset {name!r} has no column {column!r}; its columns: {', '.join(record)}")
             if not isinstance(record[column], str):
                 raise RecipeError(f"dataset {name!r}: a record without text in {column!r}; filter such records out")
             documents.append(record[column])
             characters += len(record[column])
-            if characters > MOST_OF_A_DATASET:
+            if characters > MOST_OF_A_DATASET and not whole:
                 break
     except RecipeError:
         raise
     except Exception as error:  # the library raises a dozen kinds, network failures among them
         reason = str(error).strip().partition("\n")[0]
         raise RecipeError(f"text {name!r}: neither a file nor a dataset that can be loaded ({reason})") from error
-    return SEPARATOR.join(documents)
+    return tuple(documents), split, revision
+
+
+def _revision(path: str, pinned: str | None) -> str | None:
+    """The commit of a dataset on the hub; what was asked for, where the hub cannot be reached or `path` is a folder."""
+    if Path(path).exists():
+        return pinned
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(path, revision=pinned).sha
+    except Exception as error:  # as below, and whether the dataset itself can be had is found out by reading it
+        logger.info("no revision of dataset %s: %s", path, error)
+        return pinned
 
 
 def _encodable(text: str) -> bool:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from tersely.errors import RecipeError
 from tersely.recipe import STEPS, Calibration, MethodStep, Recipe, Step, plain_step, recipe_from
+from tersely.report.naming import way
 from tersely.tables import verb_for
 
 Group = Literal["untrained", "trained", "8-bit factors"]
@@ -125,35 +126,3 @@ def _without_defaults(said: Any, always: Sequence[str] = ()) -> dict[str, Any]:
 def trains(step: Mapping[str, Any]) -> bool:
     """Whether a step, in plain values, changes weights by gradients."""
     return "train" in step or step.get("refine") is not None
-
-
-def way(method: str, options: Mapping[str, Any]) -> str:
-    """A row's method and what distinguishes it from others of that method, for people."""
-    own = {key: value for key, value in options.items() if key not in ("after", "then")}
-    steps = [*map(_step_said, options.get("after", [])), _said(method, own), *map(_step_said, options.get("then", []))]
-    return " → ".join(steps)
-
-
-def _step_said(step: Mapping[str, Any]) -> str:
-    (verb,) = [verb for verb in STEPS if verb in step]
-    own = {key: value for key, value in step.items() if key not in (verb, "relax")}
-    if verb != "train":
-        return _said(str(step[verb]), own)
-    return _said(str(step.get("relax", "adapter")), {"objective": step["train"]} | own)
-
-
-def _said(name: str, options: Mapping[str, Any]) -> str:
-    words = ", ".join(_words(options))
-    return f"{name} ({words})" if words else name
-
-
-def _words(options: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in options.items():
-        if key in ("allocate", "propagate"):
-            yield str(value)
-        elif isinstance(value, list | tuple):
-            yield f"{key} {' + '.join(map(str, value))}"
-        elif isinstance(value, Mapping):
-            yield " ".join([*(() if key == "options" else (key,)), *_words(value)])
-        else:
-            yield f"{key} {value}"

@@ -4,6 +4,8 @@ A low-rank entry has one line: method, allocator, propagation, and what else is 
 `options`, the plain values of `steps` before and `then` after it, and the `group` of rows that it may be compared with.
 """
 
+from typing import Any
+
 from tersely.bench.entry import Entry
 
 LORA = {"train": ["tokens"], "relax": "adapter", "rank": 8, "tokens": 150_000, "rate": 1e-3}
@@ -90,21 +92,79 @@ LOW_RANK = (*UNTRAINED, *TRAINED, *EIGHT_BITS)
 """The low-rank systems of this release: weights that no gradient touches, weights that train on the calibration text,
 and factors in 8 bits beside plain 8-bit weights."""
 
-WIDTHS = (4, 3, 2)
+WIDTHS = (8, 4, 3, 2)
 
-QUANTIZE = tuple(
-    Entry(method, propagate=propagate, options={"width": width, **options}, sizes=None, steps=steps)
-    for width in WIDTHS
-    for method, propagate, options, steps in (
-        ("rtn", "none", {}, ()),
-        ("rtn", "none", {"grid": "symmetric"}, ()),
-        ("gptq", "none", {}, ()),
-        ("gptq", "input", {}, ()),
-        ("gptq", "input", {}, ({"rewrite": "smooth"},)),
-        ("gptq", "input", {}, ({"rewrite": "rotate"},)),
-    )
+NEAREST: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("rtn", {}),
+    ("rtn", {"grid": "symmetric"}),
+    ("rtn", {"group": 128}),
+    ("hqq", {}),
+    ("sinq", {}),
+    ("sinq", {"scale": "log8"}),
 )
-"""The weight-only quantizers of this release, at fixed widths of their codes, alone and after a rewrite."""
+"""Data-free quantizers, at every width."""
+
+CALIBRATED: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("gptq", {}),
+    ("gptq", {"group": 32, "shrink": True}),
+    ("gptq", {"shrink": True}),
+    ("gptq", {"group": 128, "shrink": True}),
+    ("sinq", {"calibrated": True}),
+    ("sinq", {"feedback": True, "scale": "log8"}),
+    ("awq", {}),
+    ("awq", {"rounding": "gptq"}),
+    ("gwq", {}),
+    ("gwq", {"score": "random"}),
+    ("gwq", {"score": "magnitude", "rounding": "gptq"}),
+    ("spqr", {"group": 32, "share": 0.005, "shrink": True}),
+)
+"""Those that read the inputs of the dense model, at 4, 3 and 2 bits."""
+
+BLOCKS = {"epochs": 8}
+CODES = {"objective": ["logits"], "tokens": 410_000, "patience": 99}
+"""Codes and ranges of the whole model together, towards the dense model's predictions: one pass over the text and more,
+the numbers kept that were best on the windows held out."""
+RATES = {4: 0.005, 3: 0.01, 2: 0.01}
+
+QUANTIZE = (
+    *(
+        Entry(method, propagate="none", options={"width": width, **options}, sizes=None)
+        for width in WIDTHS
+        for method, options in (*NEAREST, *(CALIBRATED if width < 8 else CALIBRATED[:1]))
+    ),
+    *(
+        Entry("gptq", propagate="input", options={"width": width}, sizes=None, steps=steps)
+        for width in WIDTHS[1:]
+        for steps in ((), ({"rewrite": "smooth"},), ({"rewrite": "rotate"},))
+    ),
+    *(Entry("rtn", options={"width": w}, sizes=None, steps=({"rewrite": "pre_sinq"},)) for w in WIDTHS[1:]),
+    *(Entry("nf4", options={"levels": levels}, sizes=None) for levels in ("nf4", "nf3", "fp4")),
+    Entry("mxfp4", sizes=None),
+    *(Entry("finequant", options={"width": width, "bits": width + 1.0}, sizes=None) for width in (8, 4)),
+    Entry("spike_aware", options={"width": 8}, sizes=None),
+    *(
+        Entry("aqlm", propagate="none", options={"codebooks": count, "width": width, "group": 4}, sizes=None)
+        for count, width in ((3, 5), (2, 5), (2, 4), (1, 6))
+    ),
+    *(
+        Entry("mg_ptq", "knapsack", "none", {"bits": bits, "group": 128, "network": network}, sizes=None)
+        for bits in (3.0, 2.5, 2.25)
+        for network in ("graph", "mlp", "none")
+    ),
+    *(Entry("gptq", "knapsack", "none", {"bits": bits, "shrink": True}, sizes=None) for bits in (3.0, 2.5)),
+    *(
+        Entry(method, propagate="input", options={"width": width, "refine": BLOCKS, **options}, sizes=None)
+        for width in WIDTHS[1:]
+        for method, options in (("rtn", {}), ("gptq", {"shrink": True}))
+    ),
+    Entry("aqlm", propagate="input", options={"codebooks": 2, "width": 4, "group": 4, "refine": BLOCKS}, sizes=None),
+    *(
+        Entry("rounding", options=CODES | {"rate": RATES[width], "options": {"width": width}}, sizes=None)
+        for width in WIDTHS[1:]
+    ),
+)
+"""The weight-only quantizers of this release: at fixed widths of their codes, in groups of 64 where nothing else is
+said, at bits that are asked for, after a rewrite, and trained, block by block or all together."""
 
 FACTORS = {"method": "svd_llm", "keep": 0.6}
 HEAL = {"objective": ["logits"], "tokens": 300_000, "rate": 2e-3, "options": {"rank": 8}}
@@ -138,4 +198,4 @@ SHAPES = (
 )
 """One system of every shape: units, caches, conversions, relaxations, mixed options, and all of them in a row."""
 
-BENCHES: dict[str, tuple[Entry, ...]] = {"low-rank": LOW_RANK, "quantize": QUANTIZE, "shapes": SHAPES}
+BENCHES: dict[str, tuple[Entry, ...]] = {"low-rank": LOW_RANK, "quantize": QUANTIZE, "shapes": SHAPES, "peers": ()}

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from tersely.bench.entry import GROUPS, way
+from tersely.bench.peers import PREFIX
 from tersely.bench.running import NO_RESULT, Row
 from tersely.report.rows import format_value
 
@@ -90,7 +91,18 @@ def _legend(rows: Sequence[Row]) -> str:
         "Kept: bytes of the touched weights on disk, relative to dense (removed: what is missing to 1). × dense: "
         "perplexity relative to the dense model's, geometric mean over the texts. Seconds and memory are those of "
         "compressing: the first way that needs a statistic pays for gathering it; memory is what the process held "
-        f"at most beyond what it held before, the largest of all sizes.{order}"
+        f"at most beyond what it held before, the largest of all sizes.{order}{_of_peers(rows)}"
+    )
+
+
+def _of_peers(rows: Sequence[Row]) -> str:
+    if not any(row["method"].startswith(PREFIX) for row in rows):
+        return ""
+    return (
+        " A peer is another package, run in an environment of its own on the same calibration windows; what is "
+        "evaluated are its dequantized weights in float32. Its seconds are those of its own call, without start, "
+        "import, reading and writing, the best of three where that is short; its bytes are counted from its format: "
+        "codes, scales, zero points and second scales, without padding."
     )
 
 

@@ -24,6 +24,7 @@ import torch
 
 from tersely.anatomy import needs_first_token
 from tersely.bench.entry import Entry, Setting, trains
+from tersely.bench.peers import Dequantized, Peer, dequantized
 from tersely.calibrate import read_windows
 from tersely.checkpoint import locate, read_config, read_tokenizer
 from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
@@ -44,7 +45,7 @@ NO_RESULT = ("refused", "failed")
 @dataclass(frozen=True)
 class Bench:
     model: str
-    entries: Sequence[Entry]
+    entries: Sequence[Entry | Peer]
     keeps: Sequence[float]
     texts: Sequence[str]
     calibration: Calibration
@@ -80,8 +81,13 @@ def run_bench(
             out = work / entry.folder(size)
             if out.exists():  # begun, but stopped; done anew, since seconds of a half are seconds of nothing
                 shutil.rmtree(out)
-            made = compressed(entry, bench.setting, size, out, work / "statistics")
-            rows += [made] if isinstance(made, dict) else yardstick.rows(named(entry, size), made, progress)
+            made = (
+                dequantized(entry, bench.setting, out)
+                if isinstance(entry, Peer)
+                else compressed(entry, bench.setting, size, out, work / "statistics")
+            )
+            row = named(entry, size)
+            rows += [row | made] if isinstance(made, dict) else yardstick.rows(row, made, progress)
             commit_text(file, json.dumps(bench_content(command, rows), indent=1) + "\n")
             if keep_folders is None:
                 shutil.rmtree(out, ignore_errors=True)  # nothing is there of what was refused
@@ -105,6 +111,8 @@ def check_bench(bench: Bench, file: Path, command: str) -> None:
     refused: list[TerselyError] = []
     jobs = list(_jobs(bench))
     for entry, size in jobs:
+        if isinstance(entry, Peer):  # what it refuses only its script can say
+            continue
         try:
             examine(entry.recipe(bench.setting, size), None)
         except (RecipeError, AnatomyError) as error:
@@ -137,7 +145,7 @@ def compressed(entry: Entry, setting: Setting, size: float | None, out: Path, st
     return Compressed(result, peak)
 
 
-def named(entry: Entry, size: float | None) -> Row:
+def named(entry: Entry | Peer, size: float | None) -> Row:
     """What says which row it is."""
     sized = {} if entry.sizes is None else {entry.sizes: size}
     return {"method": entry.method, "options": entry.described(), "group": entry.compared_with, **sized}
@@ -167,7 +175,7 @@ def costs(made: Compressed) -> Row:
     }
 
 
-def _jobs(bench: Bench) -> Iterator[tuple[Entry, float | None]]:
+def _jobs(bench: Bench) -> Iterator[tuple[Entry | Peer, float | None]]:
     """Every entry at every one of its sizes; those of one size stand together."""
     for number, keep in enumerate(bench.keeps):
         for entry in bench.entries:
@@ -202,9 +210,15 @@ class _Yardstick:
         self._windows = _windows(bench, read_tokenizer(locate(bench.model)), self.dense.config)
         self._recalled: list[Recalled] = [{} for _ in self._windows]
 
-    def rows(self, row: Row, made: Compressed, progress: Progress) -> list[Row]:
+    def rows(self, row: Row, made: Compressed | Dequantized, progress: Progress) -> list[Row]:
         """One for each text; a single one that says why if a number is not finite."""
-        model = load(made.result.out, device=str(self.dense.device))
+        if isinstance(made, Dequantized):
+            out, taken = made.out, made.costs
+            model = load(out, dtype=self.dense.dtype, device=str(self.dense.device))  # the folder is in float32
+        else:
+            out = made.result.out
+            taken = {"bytes": folder_bytes(out), **costs(made)}
+            model = load(out, device=str(self.dense.device))
         rows = []
         for windows, recalled in zip(self._windows, self._recalled, strict=True):
             try:
@@ -218,8 +232,7 @@ class _Yardstick:
                     "text": protocol.pop("text"),
                     **asdict(agreement),
                     "relative_perplexity": agreement.perplexity / agreement.dense_perplexity,
-                    "bytes": folder_bytes(made.result.out),
-                    **costs(made),
+                    **taken,
                     "protocol": protocol,
                 }
             )
@@ -251,6 +264,6 @@ def rows_so_far(file: Path, command: str) -> list[Row]:
     return list(plain["rows"])
 
 
-def _is_row_of(row: Row, entry: Entry, size: float | None) -> bool:
+def _is_row_of(row: Row, entry: Entry | Peer, size: float | None) -> bool:
     of_size = entry.sizes is None or row.get(entry.sizes) == size
     return bool(row["method"] == entry.method and of_size and row["options"] == entry.described())

@@ -1,4 +1,4 @@
-"""Commands that ship: generate, export."""
+"""Commands that ship: generate, report, export."""
 
 import sys
 from pathlib import Path
@@ -36,6 +36,28 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command(rich_help_panel=SHIP)
+def report(
+    given: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders that tersely wrote, and JSON of `tersely bench` and `tersely eval`.", metavar="OUT…"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.", metavar="FILE")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="What stands above a comparison.")] = None,
+) -> None:
+    """One self-contained HTML file: of a run, or of runs and benches side by side."""
+    from tersely.journal import commit_text
+    from tersely.report.page import check_place, whole_page
+    from tersely.report.reading import read_given
+
+    check_place(out)
+    page = whole_page(read_given(given), title)
+    commit_text(out, page)
+    console.print(f"written: {out} ({len(page.encode()) / 1e6:.1f} MB)")
 
 
 @app.command(rich_help_panel=SHIP)

@@ -59,7 +59,7 @@ def measure_agreement(
     """
     require_comparable(model, dense)
     loss, dense_loss, divergence, agreeing = mean_over_positions(
-        [model, dense], windows, _compare, progress, [None, recalled]
+        [model, dense], windows, compare, progress, [None, recalled]
     )
     return Agreement(
         perplexity=perplexity_of(loss), dense_perplexity=perplexity_of(dense_loss), kl=divergence, top1=agreeing
@@ -83,9 +83,10 @@ def require_comparable(model: PreTrainedModel, dense: PreTrainedModel) -> None:
         )
 
 
-def _compare(
+def compare(
     log_probabilities: Sequence[Float[Tensor, "windows positions vocabulary"]], tokens: Int[Tensor, "windows positions"]
 ) -> Sequence[Float[Tensor, "windows positions"]]:
+    """The figures of an agreement: loss, dense loss, KL divergence, whether the likeliest token is the same."""
     model, dense = log_probabilities
     # four times as fast as `kl_div` with its sum in float64, and within 1e-8 of it
     divergence = torch.linalg.vecdot(dense.exp(), dense - model)

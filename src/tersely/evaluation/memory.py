@@ -44,6 +44,19 @@ def peak_memory(device: torch.device | None = None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_memory(device: torch.device | None = None) -> int | None:
+    """Bytes held now: by tensors on a CUDA device, else by the process; None where the system does not tell."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _resident("VmRSS") if sys.platform == "linux" else None
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers in memory, what is shared once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
 @dataclass
 class Peak:
     """Bytes held when something began, and the most that were held while it ran.  None: the system does not tell."""

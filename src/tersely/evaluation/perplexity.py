@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Protocol as Interface
 
 import torch
 from jaxtyping import Float, Int
@@ -81,6 +82,25 @@ class Protocol:
     tokens: int
 
 
+class Fed(Interface):
+    """What a model is fed of a text, window by window; `Windows`, and what `protocols` make of one."""
+
+    @property
+    def last_is_fed(self) -> bool:
+        """Whether the last token of a window is fed, behind which nothing is predicted."""
+
+    @property
+    def text(self) -> Text: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self) -> Iterator[tuple[range, range]]: ...
+
+    def tokens(self, numbers: range) -> Int[Tensor, "windows length"]: ...
+
+    def name(self, number: int) -> str: ...
+
+
 @dataclass(frozen=True)
 class Windows:
     """A text, cut.  Made by `cut`; `len` is the number of windows."""
@@ -95,6 +115,10 @@ class Windows:
 
     def __len__(self) -> int:
         return self.content.shape[0]
+
+    @property
+    def last_is_fed(self) -> bool:
+        return True
 
     @property
     def new(self) -> int:
@@ -185,7 +209,7 @@ def measure_perplexity(model: PreTrainedModel, windows: Windows, progress: Progr
 
     Raises RecipeError for a model that predicts no next token, NumericalError for one whose logits are not finite.
     """
-    (loss,) = mean_over_positions([model], windows, _only_loss, progress)
+    (loss,) = mean_over_positions([model], windows, only_loss, progress)
     return perplexity_of(loss)
 
 
@@ -212,7 +236,7 @@ def window_losses(
     Weighted by `Windows.predictions`, their mean is the logarithm of the perplexity that `measure_perplexity` gives.
     Raises as `measure_perplexity` does.
     """
-    return _sums_by_window([model], windows, _only_loss, progress)[0] / windows.predictions()
+    return sums_by_window([model], windows, only_loss, progress)[0] / windows.predictions()
 
 
 def mean_over_positions(
@@ -234,17 +258,17 @@ def mean_over_positions(
     Raises RecipeError for a model that predicts no next token, NumericalError, which names the window, for a logit or a
     figure that is not finite.
     """
-    return (_sums_by_window(models, windows, figures, progress, recalled).sum(1) / windows.predicted).tolist()
+    return (sums_by_window(models, windows, figures, progress, recalled).sum(1) / windows.predicted).tolist()
 
 
-def _sums_by_window(
+def sums_by_window(
     models: Sequence[PreTrainedModel],
-    windows: Windows,
+    windows: Fed,
     figures: Figures,
-    progress: Progress | None,
+    progress: Progress | None = None,
     recalled: Sequence[Recalled | None] = (),
 ) -> Float[Tensor, "figures windows"]:
-    """Sums over the predicted positions of each window, float64, on the CPU."""
+    """As `mean_over_positions`: sums over the predicted positions of each window instead, float64, on the CPU."""
     for model in models:
         require_causal(model)
     sums: list[Tensor] = []
@@ -324,15 +348,16 @@ def body_runs_once(model: PreTrainedModel, remembered: list[object] | None = Non
             body.forward = shadowed
 
 
-def _only_loss(
+def only_loss(
     log_probabilities: Sequence[Float[Tensor, "windows positions vocabulary"]], tokens: Int[Tensor, "windows positions"]
 ) -> Sequence[Float[Tensor, "windows positions"]]:
+    """The one figure of a perplexity."""
     return (loss_of(log_probabilities[0], tokens),)
 
 
 def _sums_of_batch(
     models: Sequence[PreTrainedModel],
-    windows: Windows,
+    windows: Fed,
     numbers: range,
     positions: range,
     figures: Figures,
@@ -358,12 +383,13 @@ def _sums_of_batch(
 
 
 def _log_probabilities(
-    model: PreTrainedModel, tokens: Int[Tensor, "windows length"], positions: range, windows: Windows, numbers: range
+    model: PreTrainedModel, tokens: Int[Tensor, "windows length"], positions: range, windows: Fed, numbers: range
 ) -> Float[Tensor, "windows positions vocabulary"]:
     """What the model expects at `positions`: the log-softmax of its logits one position earlier."""
     # an index on the CPU serves wherever the last block lies, should the model be spread over devices
     earlier = torch.arange(positions.start - 1, positions.stop - 1)
-    logits = model(input_ids=tokens.to(model.device), use_cache=False, logits_to_keep=earlier).logits
+    fed = tokens if windows.last_is_fed else tokens[:, :-1]
+    logits = model(input_ids=fed.to(model.device), use_cache=False, logits_to_keep=earlier).logits
     if logits.shape[1] != len(positions):
         raise RecipeError(
             f"{type(model).__name__} gave logits of {logits.shape[1]} positions where {len(positions)} were asked for; "
@@ -375,7 +401,7 @@ def _log_probabilities(
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
-def _require_finite(finite: Tensor, windows: Windows, numbers: range, what: str) -> None:
+def _require_finite(finite: Tensor, windows: Fed, numbers: range, what: str) -> None:
     """Raise for the first window whose entry in `finite`, shape ``[windows]``, is false."""
     if not finite.all():
         number = numbers.start + int(finite.logical_not().nonzero()[0])

@@ -1,28 +1,92 @@
-"""The report as one HTML file that needs no network: a table of sizes, of quality, and of every site."""
+"""Pages: one HTML file that needs no network.
 
+The page in a folder of ours (`page`) holds every number, no plot and no script: it counts among the folder's bytes, and
+the library that draws weighs two megabytes.  `whole_page` draws, for one run or for many side by side.
+"""
+
+import base64
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import cache
+from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from tersely.report.card import named
-from tersely.report.rows import Report, format_amount, format_value, text_rows
+from tersely.errors import RecipeError
+from tersely.report import contents
+from tersely.report.contents import Section
+from tersely.report.plots import Plot
+from tersely.report.reading import Given, Run, run_of
+from tersely.report.rows import Report
+from tersely.report.verdict import verdict
+
+MARK = b'<meta name="generator" content="tersely '
+"""By which a page of ours is known."""
 
 
 def page(report: Report) -> str:
-    """Self-contained HTML of one run."""
-    texts = [text["text"] for text in text_rows(report.evaluation)]
-    return render("page.html.jinja", {"report": report, "name": named(report.model)[0], "texts": texts})
+    """HTML of one run, without plots."""
+    return run_page(run_of(asdict(report)), plots=False)
 
 
-def render(template: str, values: dict[str, Any]) -> str:
+def run_page(run: Run, *, plots: bool = True) -> str:
+    """HTML of one run."""
+    sections = contents.sections(run)
+    if not plots:
+        sections = [one for one in (replace(section, plots=()) for section in sections) if not one.is_empty]
+    values = {"title": f"{run.name}" if run.folder else f"{run.name}, compressed", "run": run, "verdict": verdict(run)}
+    return render("page.html.jinja", values, sections, plots=plots)
+
+
+def whole_page(given: Given, title: str | None = None) -> str:
+    """HTML of all that is given: of one run its own page, of several runs or of benches a comparison."""
+    from tersely.report.comparison import comparison
+
+    if len(given.runs) == 1 and not given.benches:
+        return run_page(given.runs[0])
+    return comparison(given, title)
+
+
+def check_place(path: Path) -> None:
+    """Raises RecipeError where a page must not be written: over a file that is no page of ours, into a folder whose
+    checksums it would break, or where no folder is."""
+    if not path.absolute().parent.is_dir():
+        raise RecipeError(f"{path}: no such folder; make it first")
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name a file, such as {path / 'page.html'}")
+    sums = path.absolute().parent / "checksums.json"
+    if sums.is_file() and path.name in json.loads(sums.read_text(encoding="utf-8")):
+        raise RecipeError(f"{path} is a part of that folder, and its checksum is recorded; choose another place")
+    if path.exists() and MARK not in path.read_bytes()[:4000]:
+        raise RecipeError(f"{path} exists and is no page of tersely; choose another place, or remove it")
+
+
+def render(template: str, values: dict[str, Any], sections: Sequence[Section], *, plots: bool) -> str:
     """A template of this folder, filled.  All text is escaped: a model may be named anything."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_read)
     )
-    environment.filters["quantity"] = format_value
-    environment.filters["amount"] = format_amount
-    return environment.get_template(template).render(values)
+    drawn: list[Plot] = [plot for one in sections for plot in one.plots]
+    drawn += [plot for one in sections for inner in one.runs for plot in inner.plots]
+    common = {
+        "version": version("tersely"),
+        "sections": sections,
+        "plots": [plot.plain() for plot in drawn],
+        "packed": packed_plotly() if plots else "",
+    }
+    return environment.get_template(template).render(common | values)
+
+
+@cache
+def packed_plotly() -> str:
+    """The library that draws, as the browser unpacks it: gzip in base64, two fifths of its size."""
+    source = files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
+    return base64.b64encode(gzip.compress(source, 9, mtime=0)).decode("ascii")
 
 
 def _read(name: str) -> str:

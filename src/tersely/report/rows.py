@@ -1,6 +1,7 @@
 """The report of a run: numbers with their unit and how they were measured, bound to what produced them."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,6 +38,9 @@ class SiteRow:
     dense_bytes: int
     predicted_error: float | None
     measured_error: float | None
+    curve: list[tuple[Any, float]] | None = None
+    """What every amount on offer would have cost, by rising amount, as the plan was made from it: of a factorisation
+    the tail of the site's spectrum.  None where the plan was made without."""
 
 
 @dataclass
@@ -60,7 +64,24 @@ class Report:
     peak_bytes: int | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        text = json.dumps(asdict(self), indent=1)
+        # the points of a curve on a line each: a report is read by people, too, and counts among the folder's bytes
+        return re.sub(r"\[\n\s*([-+.\de]+),\n\s*([-+.\de]+)\n\s*\]", r"[\1, \2]", text) + "\n"
+
+
+CURVE_POINTS = 24
+"""Of a curve in a report, at most: as many as a plot can show, for every site of a large model."""
+
+
+def thinned(curve: Sequence[tuple[Any, float]]) -> list[tuple[Any, float]]:
+    """At most `CURVE_POINTS` of a curve with its ends, errors with six digits; closest at its beginning, where spectra
+    fall."""
+    last = len(curve) - 1
+    if last < CURVE_POINTS:
+        places = list(range(last + 1))
+    else:
+        places = sorted({round(last * (n / (CURVE_POINTS - 1)) ** 2) for n in range(CURVE_POINTS)})
+    return [(curve[place][0], float(f"{curve[place][1]:.6g}")) for place in places]
 
 
 def size_rows(

@@ -16,10 +16,11 @@ from tersely.deltas.folder import check_pair, open_any
 from tersely.errors import AnatomyError, RecipeError
 from tersely.job import Job
 from tersely.methods import METHODS, FormsUnits, RebuildsAttention, UnitMethod
+from tersely.option import Option
 from tersely.planning import Sought, forced, seek_plan, size_curves
 from tersely.recipe import CacheStep, MethodStep, Step
 from tersely.refine import Refining
-from tersely.report.rows import Row, SiteRow
+from tersely.report.rows import Row, SiteRow, thinned
 from tersely.stats import MeanGradient
 from tersely.steps.learning import taught
 from tersely.steps.scene import Done, Scene
@@ -250,7 +251,7 @@ def _found(sought: Sought) -> Row:
 
 
 def _rows(job: Job, outcome: Outcome, number: int, method: str) -> list[SiteRow]:
-    rows = []
+    rows, offered = [], _offered(job)
     for target in job.targets:
         choice = outcome.plan.choices[target.name]
         done = target.name in outcome.done
@@ -268,6 +269,26 @@ def _rows(job: Job, outcome: Outcome, number: int, method: str) -> list[SiteRow]
                 dense_bytes=choice.dense_bytes,
                 predicted_error=choice.relative_error if done else 0.0,
                 measured_error=outcome.errors[target.name],
+                curve=_curve(offered.get(target.name)),
             )
         )
     return rows
+
+
+def _offered(job: Job) -> dict[str, Any]:
+    """Target → its options as plain values, where the plan was made from what they cost."""
+    units = [f"curves/{index:04}.json" for index in range(len(job.anatomy.blocks))]
+    found: dict[str, Any] = {}
+    for unit in units:
+        if job.journal.has(unit):
+            found |= job.journal.read_json(unit)
+    return found
+
+
+def _curve(offered: Any) -> list[tuple[Any, float]] | None:
+    """What every amount would lose of the output energy; None where that is not known, or amounts are no numbers."""
+    options = [Option(*option) for option in offered] if isinstance(offered, list) else []
+    energy = next((option.error for option in options if option.amount == 0), None)
+    if not energy or any(o.error is None or not isinstance(o.amount, int | float) for o in options):
+        return None
+    return thinned([(option.amount, (option.error or 0.0) / energy) for option in options])

@@ -8,12 +8,14 @@ of the directions that it drops (`linalg.truncation`).  The paper whitens with G
 U_r U_rᵀ (W - Q) is the same matrix without a root.  A diagonal G, the power of every channel, is the paper's
 approximation and nearly LQER's scaling; no metric at all is the truncated SVD of the error.
 
-Both can be turned over: `rounds` times the integers are made anew, for W - U V, and the branch for their error.
-Rounding is no projection, so nothing says that this falls; the best of all rounds is kept, the first included, and so
-more rounds are never worse.  Neither is the branch ever worse than none: if rounding its factors should spoil it, it is
-zero.
+Whoever rounds with error feedback makes up for what a branch that stands already misses, the rounding of its factors
+included.  So both are tried: the branch after the integers, and, `rounds` times, the integers for W - U V and then the
+branch for what they leave, beginning with the truncated SVD of W, which takes from the ranges of the groups (under the
+metric of the inputs it was measured to be a worse beginning).  Rounding is no projection, so nothing says that this
+falls; the best pair that was met is kept, and so more rounds are never worse.  Neither is the branch ever worse than
+none: if rounding its factors should spoil it, it is zero.
 
-A branch pays for r (out + in) numbers where a further bit pays for out · in bits, so it is cheap for wide weights only,
+A branch pays for r (out + in) numbers where a further bit pays for out · in bits: it is cheap for wide weights only,
 and it gains as much as the error has directions that stand out.
 
 Factors lie in `factor_width` bits, symmetric, one scale of a byte for every row; V first, with error feedback in the
@@ -27,8 +29,9 @@ Source: Zhang et al., QERA: an Analytical Framework for Quantization Error Recon
 Source: Zhang et al., LQER: Low-Rank Quantization Error Reconstruction for LLMs, 2024, section 3 (arXiv 2402.02446).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -37,25 +40,25 @@ from torch import Tensor
 
 from tersely.errors import NumericalError, RecipeError, unknown
 from tersely.kinds import LinearKind, LowRankLinear, SumLinear
-from tersely.kinds.quantized import QuantizedLinear, quantized_bytes
+from tersely.kinds.quantized import QuantizedLinear, Zeros, quantized_bytes
 from tersely.linalg.grid import fit_grid, wide
-from tersely.linalg.hessian import feedback
+from tersely.linalg.hessian import Feedback, feedback
 from tersely.linalg.truncation import OutputBasis, output_basis
-from tersely.methods.quantize.gptq import GPTQ, rounded_with_feedback
+from tersely.methods.quantize.gptq import rounded_with_feedback
 from tersely.methods.quantize.hqq import HalfQuadratic
-from tersely.methods.quantize.outliers import metric_of
-from tersely.methods.quantize.rtn import RoundToNearest
+from tersely.methods.quantize.outliers import metric_of, spread_of
 from tersely.methods.quantize.sinq import SinkhornNormalized
-from tersely.methods.quantize.widths import WIDTHS
+from tersely.methods.quantize.widths import WIDTHS, StoredScale, check_grid, check_scale, sizes_of
 from tersely.option import Amount, Option
 from tersely.stats import Gram, Statistic, Stats
 
-Quantizer = GPTQ | HalfQuadratic | RoundToNearest | SinkhornNormalized
 Named = Literal["gptq", "hqq", "rtn", "sinq"]
 Metric = Literal["gram", "channels", "none"]
+Weighing = Tensor | None
+"""A metric: full, a vector for a diagonal one, or None for the identity."""
 
-FACTOR_DAMPING = 0.01
-"""Of the error feedback of factors, as a fraction of the mean power (no unit); the same as gptq's."""
+DAMPING = 0.01
+"""Of error feedback, as a fraction of the mean input power (no unit); gptq's."""
 
 DEGENERATE = 1e-9
 """Directions of the rounded V that carry less than this share of its energy are not fitted."""
@@ -81,6 +84,9 @@ class QERA:
     group: int = 64
     """Neighbouring columns that share a scale; 0 for all of a row."""
 
+    scale: StoredScale = "log8"
+    """How scales of groups are stored: in a byte ("log8"), or "float16"."""
+
     shrink: bool = True
     """Of gptq and rtn: search for the range of each group that rounds best, for codes of up to 3 bits."""
 
@@ -88,11 +94,12 @@ class QERA:
     """What the branch minimises: the output error ("gram"), that of uncorrelated inputs ("channels"), or that of the
     weight ("none")."""
 
-    factor_width: int | None = 8
+    factor_width: int | None = 4
     """Bits of a number of the branch, 2 to 8; None keeps the dtype of the weight."""
 
-    rounds: int = 0
-    """How often integers and branch are made anew, each for what the other leaves."""
+    rounds: int = 2
+    """How often the integers are made for what the branch leaves, and the branch for what they leave.  0 is the paper:
+    integers, then one branch."""
 
     paper: ClassVar[str] = (
         "Zhang et al., 2024, QERA: an Analytical Framework for Quantization Error Reconstruction (arXiv 2410.06040)"
@@ -112,17 +119,16 @@ class QERA:
             )
         if self.rounds < 0:
             raise RecipeError(f"qera: rounds {self.rounds}; wanted 0 or more")
-        for width in self._widths:
-            self._quantizer(width)
+        self._rounder.check("qera", self._widths)
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
-        return tuple(dict.fromkeys([Gram, *self._quantizer(self._widths[0]).needs]))
+        return (Gram,)
 
     def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
         found = []
         for width in self._widths:
-            integers = self._quantizer(width).sizes(shape, itemsize)[-1].nbytes
+            integers = self._rounder.nbytes(shape, width)
             for rank in self._ranks(shape, itemsize):
                 beside = branch_bytes(shape, rank, self.factor_width, itemsize)
                 found.append(Option({"bits": width, "rank": rank}, integers + beside, None))
@@ -133,54 +139,32 @@ class QERA:
         shape, fit = (weight.shape[0], weight.shape[1]), self._fit(weight, stats)
         whole, *sizes = self.sizes(shape, weight.element_size())
         ranks = self._ranks(shape, weight.element_size())
-        errors = {
-            (width, rank): error
-            for width in self._widths
-            for rank, (_, _, error) in zip(ranks, self._made(fit, stats, width, ranks), strict=True)
-        }
+        errors: dict[tuple[int, int], float] = {}
+        for width in self._widths:
+            alone = self._rounder.rounded(fit, fit.dense, width)
+            errors |= {(width, rank): self._beside(fit, alone, width, rank)[2] for rank in ranks}
         found = [replace(o, error=errors[o.amount["bits"], o.amount["rank"]]) for o in sizes]
         return [replace(whole, error=fit.error(fit.dense)), *found]
 
     def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: Amount) -> LinearKind:
         width, rank = self._read(amount, (weight.shape[0], weight.shape[1]))
-        integers, branch, _ = next(self._made(self._fit(weight, stats), stats, width, [rank]))
+        fit = self._fit(weight, stats)
+        integers, branch, _ = self._beside(fit, self._rounder.rounded(fit, fit.dense, width), width, rank)
         return integers if branch is None else SumLinear.of([integers, branch])
 
-    def _made(
-        self, fit: "BranchFit", stats: Stats, width: int, ranks: Sequence[int]
-    ) -> Iterator[tuple[QuantizedLinear, LowRankLinear | None, float]]:
-        """Integers, branch and what they leave, for every rank; integers alone are made once for all of them."""
-        alone = self._quantizer(width).compress(fit.weight, stats, width)
-        off = fit.dense - alone.to_dense().double()
-        basis = fit.basis(off) if any(ranks) else None
-        for rank in ranks:
-            if not rank or basis is None:
-                yield alone, None, fit.error(off)
-                continue
-            branch, error = fit.branch(basis, off, rank)
-            best = alone, branch, error
-            for _ in range(self.rounds):
-                rest = fit.dense - branch.to_dense().double()
-                integers = self._integers(rest, fit.weight, stats, width)
-                left = fit.dense - integers.to_dense().double()
-                branch, error = fit.branch(fit.basis(left), left, rank)
-                best = min(best, (integers, branch, error), key=lambda made: made[2])
-            yield best
-
-    def _integers(self, rest: Tensor, weight: Tensor, stats: Stats, width: int) -> QuantizedLinear:
-        """Of a weight that is in no 16 bits."""
-        made = self._quantizer(width).compress(rest.to(wide(weight).dtype), stats, width)
-        return QuantizedLinear.from_codes(made.unpacked(), made.grid(), weight.dtype)
+    def _beside(self, fit: "BranchFit", alone: QuantizedLinear, width: int, rank: int) -> "Made":
+        return fit.beside(alone, rank, lambda rest: self._rounder.rounded(fit, rest, width), self.rounds)
 
     def _fit(self, weight: Float[Tensor, "out in"], stats: Stats) -> "BranchFit":
-        return BranchFit.of(weight, metric_of(stats), self.metric, self.factor_width)
+        return BranchFit(weight, stats, self.metric, self.factor_width)
 
     @property
     def _widths(self) -> tuple[int, ...]:
         return WIDTHS if self.width is None else (self.width,)
 
-    def _quantizer(self, width: int) -> Quantizer:
-        return quantizer_of(self.quantize, width, self.group, shrink=self.shrink)
+    @property
+    def _rounder(self) -> "Rounder":
+        return Rounder(self.quantize, self.group, self.scale, self.shrink)
 
     def _ranks(self, shape: tuple[int, int], itemsize: int) -> list[int]:
         if self.rank is not None:
@@ -200,16 +184,42 @@ class QERA:
         )
 
 
-def quantizer_of(name: str, width: int, group: int, *, shrink: bool) -> Quantizer:
-    """The method of this name for one width, as it is best beside a branch."""
-    match name:
-        case "gptq":
-            return GPTQ(group=group, width=width, shrink=shrink and width <= SHRUNK)
-        case "rtn":
-            return RoundToNearest(group=group, width=width, shrink=shrink and width <= SHRUNK)
-        case "sinq":
-            return SinkhornNormalized(group=group, width=width, feedback=True)
-    return HalfQuadratic(group=group, width=width)
+@dataclass(frozen=True)
+class Rounder:
+    """Who makes the integers, and on which grids; what it makes is bit for bit what the method of its name makes."""
+
+    name: Named
+    group: int
+    scale: StoredScale
+    shrink: bool
+
+    def check(self, method: str, widths: Sequence[int]) -> None:
+        """Raises RecipeError for grids that do not exist."""
+        check_scale(method, self.scale)
+        for width in widths:
+            check_grid(method, self.group, "asymmetric", width)
+
+    def nbytes(self, shape: tuple[int, int], width: int) -> int:
+        zeros: Zeros = "float16" if self.name == "hqq" else True
+        columns = self.name == "sinq"
+        return sizes_of(shape, self.group, (width,), zeros=zeros, scale=self.scale, columns=columns)[-1].nbytes
+
+    def rounded(self, fit: "BranchFit", wanted: Float[Tensor, "out in"], width: int) -> QuantizedLinear:
+        """Integers for a matrix in place of the weight."""
+        dtype, values = fit.weight.dtype, wanted.to(wide(fit.weight).dtype)
+        match self.name:
+            case "sinq":
+                method = SinkhornNormalized(group=self.group, width=width, scale=self.scale, feedback=True)
+                made = method.compress(values, fit.stats, width)
+                return QuantizedLinear.from_codes(made.unpacked(), made.grid(), dtype)
+            case "hqq":
+                made = HalfQuadratic(group=self.group, width=width, scale=self.scale).compress(values, fit.stats, width)
+                return QuantizedLinear.from_codes(made.unpacked(), made.grid(), dtype)
+        if self.name == "gptq":
+            values = values.masked_fill(fit.spread.dead, 0.0)
+        grid = fit_grid(values, width, self.group, shrink=self.shrink and width <= SHRUNK, format=self.scale)
+        codes = grid.nearest(values) if self.name == "rtn" else rounded_with_feedback(values, grid, fit.spread)[0]
+        return QuantizedLinear.from_codes(codes, grid, dtype)
 
 
 def branch_bytes(shape: tuple[int, int], rank: int, width: int | None, itemsize: int) -> int:
@@ -222,78 +232,100 @@ def branch_bytes(shape: tuple[int, int], rank: int, width: int | None, itemsize:
     return sum(quantized_bytes(factor, width, 0, zeros=False, scale="log8") for factor in factors)
 
 
-@dataclass(frozen=True)
+Made = tuple[QuantizedLinear, LowRankLinear | None, float]
+"""Integers, the branch beside them, and the error tr(Δ G Δᵀ) of both."""
+
+
 class BranchFit:
-    """What branches are fitted to."""
+    """A weight and what is known of its inputs: what integers and branches are fitted to."""
 
-    weight: Float[Tensor, "out in"]
-    """As it came."""
-    dense: Float[Tensor, "out in"]
-    """The same in float64."""
-    gram: Float[Tensor, "in in"]
-    """Of the inputs: what errors are measured in."""
-    metric: Float[Tensor, "in in"] | Float[Tensor, " in"] | None
-    """What branches minimise: full, diagonal, or the identity (None)."""
-    width: int | None
-    """Bits of their numbers, None for the dtype of the weight."""
-
-    @classmethod
-    def of(
-        cls, weight: Float[Tensor, "out in"], gram: Float[Tensor, "in in"], metric: Metric, width: int | None
-    ) -> "BranchFit":
-        """Raises NumericalError for a weight or a Gram matrix that is not finite."""
+    def __init__(self, weight: Float[Tensor, "out in"], stats: Stats, metric: Metric, width: int | None) -> None:
+        """metric: what branches minimise; width: bits of their numbers, None for the dtype of the weight.  Raises
+        NumericalError for a weight or a Gram matrix that is not finite."""
         if not torch.isfinite(weight).all():
             raise NumericalError("the weight has entries that are not finite; repair the checkpoint first")
-        if not torch.isfinite(gram).all():
-            raise NumericalError(
-                "the input statistic has entries that are not finite; calibrate in float32 or bfloat16"
-            )
-        gram = gram.double()
-        chosen = {"gram": gram, "channels": gram.diagonal(), "none": None}[metric]
-        return cls(weight, wide(weight).double(), gram, chosen, width)
+        self.weight, self.stats, self.width = weight, stats, width
+        self.dense = wide(weight).double()
+        self.gram = metric_of(stats).double()
+        if not torch.isfinite(self.gram).all():
+            raise NumericalError("the input statistic has entries that are not finite; calibrate in float32")
+        self.metric = {"gram": self.gram, "channels": self.gram.diagonal(), "none": None}[metric]
+
+    @cached_property
+    def spread(self) -> Feedback:
+        """How errors of the weight spread on these inputs."""
+        return spread_of("qera", self.stats, DAMPING, loudest_first=True)
+
+    @cached_property
+    def strongest(self) -> OutputBasis:
+        """The singular directions of the weight itself."""
+        return output_basis(self.dense)
 
     def error(self, off: Float[Tensor, "out in"]) -> float:
         """tr(off G offᵀ); what rounding makes negative is zero."""
         return max(((off @ self.gram) * off).sum().item(), 0.0)
 
-    def basis(self, off: Float[Tensor, "out in"]) -> OutputBasis:
-        return output_basis(off, self.metric)
+    def beside(
+        self, alone: QuantizedLinear, rank: int, rounded: Callable[[Tensor], QuantizedLinear], rounds: int
+    ) -> Made:
+        """The best integers with a branch of this rank.
 
-    def branch(self, basis: OutputBasis, off: Float[Tensor, "out in"], rank: int) -> tuple[LowRankLinear, float]:
-        """The stored branch for an error of which this is the basis, and what is left of it; never more than all."""
+        alone: the integers of the weight; rounded: those of another matrix in its place.
+        """
+        off = self.dense - alone.to_dense().double()
+        if not rank:
+            return alone, None, self.error(off)
+        branch, error = self._branch(output_basis(off, self.metric), off, rank, self.metric)
+        found = [(alone, branch, error)]
+        if rounds:
+            branch, _ = self._branch(self.strongest, self.dense, rank, None)
+        for _ in range(rounds):
+            integers = rounded(self.dense - branch.to_dense().double())
+            off = self.dense - integers.to_dense().double()
+            found.append((integers, branch, self.error(off - branch.to_dense().double())))
+            branch, error = self._branch(output_basis(off, self.metric), off, rank, self.metric)
+            found.append((integers, branch, error))
+        return min(found, key=lambda made: made[2])
+
+    def _branch(
+        self, basis: OutputBasis, off: Float[Tensor, "out in"], rank: int, metric: Weighing
+    ) -> tuple[LowRankLinear, float]:
+        """The stored branch for an error with this basis, and what is left of it; never more than there was."""
         up, down = basis.factors(rank)
         dtype = self.weight.dtype
         made = LowRankLinear.from_factors(up, down, dtype)
         if self.width is not None:
-            first = _rounded(down, self._full(), self.width, dtype)
+            first = _rounded(down, _full(metric, down), self.width, dtype)
             read = first.to_dense().double()
-            across, within = self._times(off) @ read.T, self._times(read) @ read.T
+            across, within = _times(off, metric) @ read.T, _times(read, metric) @ read.T
             within = (within + within.T) / 2
             best = across @ torch.linalg.pinv(within, rtol=DEGENERATE, hermitian=True)
             made.set_submodule("down", first)
             made.set_submodule("up", _rounded(best, within, self.width, dtype))
-        error, alone = self.error(off - made.to_dense().double()), self.error(off)
-        if error <= alone:
+        error, nothing = self.error(off - made.to_dense().double()), self.error(off)
+        if error <= nothing:
             return made, error
         if self.width is None:
-            return LowRankLinear.from_factors(torch.zeros_like(up), down, dtype), alone
+            return LowRankLinear.from_factors(torch.zeros_like(up), down, dtype), nothing
         made.set_submodule("up", _rounded(torch.zeros_like(up), torch.eye(rank).to(up), self.width, dtype))
-        return made, alone
+        return made, nothing
 
-    def _full(self) -> Float[Tensor, "in in"]:
-        if self.metric is None:
-            return torch.eye(len(self.gram)).to(self.gram)
-        return self.metric.diag() if self.metric.ndim == 1 else self.metric
 
-    def _times(self, of: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
-        if self.metric is None:
-            return of
-        return of * self.metric if self.metric.ndim == 1 else of @ self.metric
+def _full(metric: Weighing, like: Float[Tensor, "rank in"]) -> Float[Tensor, "in in"]:
+    if metric is None:
+        return torch.eye(like.shape[1]).to(like)
+    return metric.diag() if metric.ndim == 1 else metric
+
+
+def _times(of: Float[Tensor, "rows in"], metric: Weighing) -> Float[Tensor, "rows in"]:
+    if metric is None:
+        return of
+    return of * metric if metric.ndim == 1 else of @ metric
 
 
 def _rounded(factor: Tensor, metric: Tensor, width: int, dtype: torch.dtype) -> QuantizedLinear:
     """A factor as integers, with error feedback in the metric of what it reads."""
     grid = fit_grid(factor, width, 0, "symmetric", format="log8")
-    spread = feedback(metric, damping=FACTOR_DAMPING, loudest_first=True)
+    spread = feedback(metric, damping=DAMPING, loudest_first=True)
     codes, _ = rounded_with_feedback(factor, grid, spread)
     return QuantizedLinear.from_codes(codes, grid, dtype)
