@@ -674,6 +674,7 @@ def test_generate_tells_what_went_wrong_while_it_ran(tersely_, compressed, monke
         ),
         ("compress --keep=0.5 M O --target b c", "compress --keep=0.5 M O --target b --target c"),
         ("compress M O --seed -1 --target b c", "compress M O --seed -1 --target b --target c"),
+        ("eval --drift M --tasks a b", "eval --drift M --tasks a --tasks b"),
         ("generate M --prompt text", "generate M --prompt text"),
         ("generate M --prompt compress eval", "generate M --prompt compress eval"),
         ("verify O", "verify O"),

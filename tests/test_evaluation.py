@@ -49,6 +49,8 @@ from tersely.evaluation import (
     parameter_count,
     window_losses,
 )
+from tersely.methods.quantize.rtn import RoundToNearest
+from tersely.stats import Stats
 from tersely.text import Text, read_text, window_length
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -317,6 +319,10 @@ def test_sizes(tmp_path):
     model = llama(tie_word_embeddings=True)
     untied = llama(tie_word_embeddings=False)
     assert parameter_count(untied) - parameter_count(model) == VOCABULARY * 16
+    dense = parameter_count(model)
+    linear = model.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = RoundToNearest(group=8).compress(linear.weight.detach(), Stats(), 4)
+    assert parameter_count(model) == dense  # codes count as the weights that they stand for
     (tmp_path / "below").mkdir()
     (tmp_path / "config.json").write_bytes(b"12345")
     (tmp_path / "below" / "shard").write_bytes(b"123")

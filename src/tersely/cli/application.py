@@ -14,12 +14,12 @@ from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyErr
 LOOK, MAKE, PROVE, SHIP = "look", "make", "prove", "ship"
 
 # Options that take several values, and how many positional arguments their commands have.
-SEVERAL = {"--text", "--calibrate", "--evaluate", "--objective", "--set", "--target", "--what"}
+SEVERAL = {"--text", "--calibrate", "--evaluate", "--objective", "--set", "--target", "--tasks", "--what"}
 POSITIONALS = {
     "bench": 2, "compress": 2, "convert": 2, "diagnose": 1, "eval": 1, "export": 2, "plan": 1, "train": 2,
 }  # fmt: skip
 
-ALONE = {"--debug", "--dry-run", "--fresh", "--speed", "--trust-remote-code"}
+ALONE = {"--debug", "--drift", "--dry-run", "--fresh", "--speed", "--trust-remote-code"}
 """Options that take no value."""
 
 SILENTLY_INTERRUPTED = 130

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tersely.errors import RecipeError
+from tersely.kinds import LinearKind
 
 
 def folder_bytes(path: Path) -> int:
@@ -26,8 +27,11 @@ def folder_bytes(path: Path) -> int:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Numbers in the parameters of a model, tied ones once.  Buffers, such as packed integers, are no parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Numbers in the parameters of a model, tied ones once; of packed codes, the weights that they stand for."""
+    packed = [module for module in model.modules() if isinstance(module, LinearKind) and module.packed]
+    inside = {id(number) for module in packed for name, number in module.named_parameters() if name != "bias"}
+    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return others + sum(module.in_features * module.out_features for module in packed)
 
 
 def peak_memory(device: torch.device | None = None) -> int:
