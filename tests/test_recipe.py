@@ -183,6 +183,8 @@ OTHER = {
     Refinement: {
         "epochs": 7,
         "rate": 0.5,
+        "code_rate": 0.5,
+        "optimiser": "sign",
         "batch": 3,
         "decay": 0.5,
         "held_out": 0.5,
