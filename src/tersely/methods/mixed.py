@@ -70,8 +70,8 @@ class Mixed:
     quantize: Named = "gptq"
     """Who rounds weights and factors: "gptq", "sinq" (with error feedback), "hqq" or "rtn"."""
 
-    widths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8)
-    """Bits of a code that are offered."""
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    """Bits of a code that are offered; 1 can be named, and is seldom better than nothing on small groups."""
 
     group: int = 64
     """Neighbouring columns that share a scale, of factors and beside a branch; 0 for all of a row."""
