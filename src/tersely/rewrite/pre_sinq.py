@@ -63,9 +63,7 @@ class FoldedSinkhorn:
 
     def __post_init__(self) -> None:
         if self.group < 0:
-            raise RecipeError(
-                f"pre_sinq: group {self.group}; wanted 0 for whole rows, or columns balanced together"
-            )
+            raise RecipeError(f"pre_sinq: group {self.group}; wanted 0 for whole rows, or columns balanced together")
         for name, value in (("rounds", self.rounds), ("sweeps", self.sweeps)):
             if value < 1:
                 raise RecipeError(f"pre_sinq: {name} {value}; wanted 1 or more")
