@@ -76,7 +76,7 @@ EIGHT_BITS = (
             "gptq",
             None,
             "input",
-            {"width": 8, "group": 0, "target": ["*.down", "*.rest"]},
+            {"width": 8, "group": 0, "target": ["*.down", "*.rest", "attention", "mlp"]},
             steps=(
                 {"method": "anchored_kfac", "keep": keep, "allocate": "gates", "propagate": "input", "pivot": True},
             ),

@@ -68,6 +68,7 @@ def _learns(method: Any) -> bool:
 
 def _lessons(job: Job, students: Sequence[SiteTarget]) -> list[Any]:
     """Of every linear that has one, on the inputs of the dense model."""
+    method: Any = students[0].method  # a step has one
     blocks, lessons = Blocks(job.source, job.anatomy, job.device), []
     for index, stats in dense_statistics(job, blocks, job.method_needs, Clock()):
         for target in (target for target in students if target.block == index):
@@ -75,7 +76,7 @@ def _lessons(job: Job, students: Sequence[SiteTarget]) -> list[Any]:
             if target.base is not None:
                 weight = weight.float() - target.base.to(job.device).float()
             try:
-                lessons.append(students[0].method.lesson(weight, of_site(target.site, stats)))  # type: ignore[attr-defined]
+                lessons.append(method.lesson(weight, of_site(target.site, stats)))
             except (NumericalError, torch.linalg.LinAlgError) as error:
                 if job.on_failure == "raise":
                     raise NumericalError(f"{target.name}: {error}") from error
