@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tersely.errors import CheckpointError
 from tersely.kinds.base import LinearKind, Spec, dense_weight
+from tersely.linalg.packing import index_dtype, narrowed, widened
 
 
 class ColumnsLinear(LinearKind):
@@ -35,7 +36,7 @@ class ColumnsLinear(LinearKind):
             raise CheckpointError(f"parts of {list(parts)} columns; wanted one part or more, each of a column or more")
         super().__init__(sum(parts), out_features)
         self.parts = nn.ModuleList(nn.Linear(columns, out_features, bias=False) for columns in parts)
-        self.register_buffer("order", torch.empty(self.in_features, dtype=order_dtype(self.in_features)))
+        self.register_buffer("order", torch.empty(self.in_features, dtype=index_dtype(self.in_features - 1)))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @classmethod
@@ -56,7 +57,7 @@ class ColumnsLinear(LinearKind):
         with torch.device("meta"):
             module = cls([columns for _, columns in shapes], shapes[0][0])
         module.parts = nn.ModuleList(parts)
-        module.order = _stored(order, width)
+        module.order = narrowed(order, width - 1)
         module.weight = torch.empty(0, dtype=dtype, device=order.device)
         return module
 
@@ -65,8 +66,7 @@ class ColumnsLinear(LinearKind):
 
     def places(self) -> Int[Tensor, " in"]:
         """The columns of every part, one part after the other."""
-        long = self.order.long()
-        return long & 0xFFFF if self.order.dtype == torch.int16 else long
+        return widened(self.order)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         first, *others = x.index_select(-1, self.places()).split(self._widths(), -1)
@@ -103,19 +103,7 @@ class ColumnsLinear(LinearKind):
 
 def order_bytes(in_features: int) -> int:
     """What the order of so many columns takes."""
-    return in_features * order_dtype(in_features).itemsize
-
-
-def order_dtype(in_features: int) -> torch.dtype:
-    """How numbers of columns are kept; int16 stands for its bits without a sign."""
-    return torch.uint8 if in_features <= 2**8 else torch.int16 if in_features <= 2**16 else torch.int32
-
-
-def _stored(order: Int[Tensor, " in"], in_features: int) -> Tensor:
-    dtype = order_dtype(in_features)
-    if dtype == torch.int16:
-        order = torch.where(order < 2**15, order, order - 2**16)
-    return order.to(dtype)
+    return in_features * index_dtype(in_features - 1).itemsize
 
 
 def _shape(part: nn.Module) -> tuple[int, int]:

@@ -24,13 +24,14 @@ what torch offers on the processor this was the fastest for many tokens.  It is 
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tersely.errors import CheckpointError, NumericalError
 from tersely.kinds.base import LinearKind, Spec
 from tersely.linalg.grid import LOWEST_EXPONENT, TOP
+from tersely.linalg.packing import index_dtype, narrowed, widened
 
 
 class SparseLinear(LinearKind):
@@ -69,8 +70,8 @@ class SparseLinear(LinearKind):
             module = cls(in_features, out_features, len(columns), exponent=exponent)
         module.weight = torch.empty(0, dtype=dtype, device=weight.device)
         module.values = (wanted * 2.0**-exponent).to(torch.float16).view(torch.int16)
-        module.columns = _narrowed(columns, module.columns.dtype)
-        module.counts = _narrowed(torch.bincount(rows, minlength=out_features), module.counts.dtype)
+        module.columns = narrowed(columns, in_features - 1)
+        module.counts = narrowed(torch.bincount(rows, minlength=out_features), min(len(columns), in_features))
         return module
 
     def set_bias(self, bias: Float[Tensor, " out"]) -> None:
@@ -79,9 +80,9 @@ class SparseLinear(LinearKind):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         wide = x.reshape(-1, self.in_features).to(torch.promote_types(x.dtype, torch.float32))
         if wide.numel() and self.entries:
-            counts = _widened(self.counts)
+            counts = widened(self.counts)
             y = functional.embedding_bag(
-                _widened(self.columns),
+                widened(self.columns),
                 wide.T.contiguous(),
                 counts.cumsum(0) - counts,
                 mode="sum",
@@ -94,12 +95,12 @@ class SparseLinear(LinearKind):
 
     def to_dense(self) -> Float[Tensor, "out in"]:
         dense = torch.zeros(self.out_features, self.in_features, device=self.values.device)
-        dense[self.rows(), _widened(self.columns)] = self._floats()
+        dense[self.rows(), widened(self.columns)] = self._floats()
         return dense
 
     def rows(self) -> Int[Tensor, " entries"]:
         """The row of every entry."""
-        counts = _widened(self.counts)
+        counts = widened(self.counts)
         return torch.arange(self.out_features, device=counts.device).repeat_interleave(counts)
 
     def _floats(self) -> Float[Tensor, " entries"]:
@@ -133,19 +134,5 @@ def sparse_bytes(shape: tuple[int, int], entries: int) -> int:
 
 
 def _dtypes(shape: tuple[int, int], entries: int) -> tuple[torch.dtype, torch.dtype]:
-    """How columns and counts are kept; int16 stands for its bits without a sign."""
-    columns, most = shape[1] - 1, min(entries, shape[1])
-    of_columns, of_counts = (
-        torch.uint8 if highest < 2**8 else torch.int16 if highest < 2**16 else torch.int32
-        for highest in (columns, most)
-    )
-    return of_columns, of_counts
-
-
-def _narrowed(numbers: Int[Tensor, " count"], dtype: torch.dtype) -> Integer[Tensor, " count"]:
-    return (torch.where(numbers < 2**15, numbers, numbers - 2**16) if dtype == torch.int16 else numbers).to(dtype)
-
-
-def _widened(numbers: Integer[Tensor, " count"]) -> Int[Tensor, " count"]:
-    long = numbers.long()
-    return long & 0xFFFF if numbers.dtype == torch.int16 else long
+    """How columns and counts are kept."""
+    return index_dtype(shape[1] - 1), index_dtype(min(entries, shape[1]))

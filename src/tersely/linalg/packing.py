@@ -12,7 +12,7 @@ Every row begins a byte of its own, so that rows can be read, cut and joined wit
 import math
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, Integer, UInt8
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -62,6 +62,23 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], bits: int, count: int) -> UInt8
             code |= spread[..., byte + 1] << (8 - shift)
         torch.bitwise_and(code, (1 << bits) - 1, out=codes[..., place])
     return codes.flatten(-2)[..., :count]
+
+
+def index_dtype(highest: int) -> torch.dtype:
+    """How numbers from 0 to `highest` are kept in whole bytes; int16 stands for its bits without a sign."""
+    return torch.uint8 if highest < 2**8 else torch.int16 if highest < 2**16 else torch.int32
+
+
+def narrowed(numbers: Int[Tensor, " count"], highest: int) -> Integer[Tensor, " count"]:
+    """Numbers up to `highest`, as `index_dtype` keeps them."""
+    dtype = index_dtype(highest)
+    return (torch.where(numbers < 2**15, numbers, numbers - 2**16) if dtype == torch.int16 else numbers).to(dtype)
+
+
+def widened(numbers: Integer[Tensor, " count"]) -> Int[Tensor, " count"]:
+    """What `narrowed` was given."""
+    long = numbers.long()
+    return long & 0xFFFF if numbers.dtype == torch.int16 else long
 
 
 def _pattern(bits: int) -> tuple[int, int]:

@@ -76,6 +76,11 @@ def norm_at(anatomy: Anatomy, feeds: str) -> Norm | None:
     return next((norm for norm in anatomy.norms if norm.feeds == feeds), None)
 
 
+def norms_of_blocks(anatomy: Anatomy) -> tuple[Norm, ...]:
+    """All but the one in front of the head."""
+    return tuple(norm for norm in anatomy.norms if norm.feeds != "head")
+
+
 def sites_at(anatomy: Anatomy, feeds: str) -> tuple[Site, ...]:
     """The linears that read an input."""
     return tuple(site for site in anatomy.sites if site.reads == feeds)

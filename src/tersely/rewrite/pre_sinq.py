@@ -34,7 +34,16 @@ from torch import Tensor
 from tersely.anatomy import Anatomy, Norm, Site, Unit, fused_rows
 from tersely.errors import AnatomyError, RecipeError
 from tersely.linalg.sinkhorn import column_balance
-from tersely.rewrite.fold_norms import EXPERT_READERS, closed, experts_at, opened, rounded, sealed_at, sites_at
+from tersely.rewrite.fold_norms import (
+    EXPERT_READERS,
+    closed,
+    experts_at,
+    norms_of_blocks,
+    opened,
+    rounded,
+    sealed_at,
+    sites_at,
+)
 from tersely.stats import Statistic, Stats
 
 if TYPE_CHECKING:
@@ -75,7 +84,7 @@ class FoldedSinkhorn:
     def check(self, anatomy: Anatomy, config: "PreTrainedConfig") -> None:
         left_alone = self.left_alone(anatomy)
         treated = sum(_gated(unit) or (self.values and unit.role == "attention") for unit in anatomy.units)
-        for norm in _norms_of_blocks(anatomy):
+        for norm in norms_of_blocks(anatomy):
             sealed = sealed_at(anatomy, norm.feeds)
             if sealed:
                 raise AnatomyError(
@@ -91,7 +100,7 @@ class FoldedSinkhorn:
         """The norms in front of linears that stay as they are, and the linears that nothing can be folded out of."""
         alone = {
             norm.name: "it also feeds a mixture of experts"
-            for norm in _norms_of_blocks(anatomy)
+            for norm in norms_of_blocks(anatomy)
             if norm.feeds.endswith(":mlp.in") and experts_at(anatomy, norm.feeds.partition(":")[0], EXPERT_READERS)
         }
         for unit in anatomy.units:
@@ -113,7 +122,7 @@ class FoldedSinkhorn:
         left_alone = self.left_alone(anatomy)
         norms = [
             norm
-            for norm in _norms_of_blocks(anatomy)
+            for norm in norms_of_blocks(anatomy)
             if norm.feeds.partition(":")[0] == anatomy.blocks[index] and norm.name not in left_alone
         ]
         # working copies in float64, rounded once
@@ -205,7 +214,3 @@ def _multiplied(norm: Norm, scale: Float[Tensor, " width"], state: Mapping[str, 
         name = f"{norm.name}.bias"
         changed[name] = rounded(name, state[name].double() * scale, state[name])
     return changed
-
-
-def _norms_of_blocks(anatomy: Anatomy) -> tuple[Norm, ...]:
-    return tuple(norm for norm in anatomy.norms if norm.feeds != "head")

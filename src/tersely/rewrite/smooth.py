@@ -31,7 +31,16 @@ from torch import Tensor
 
 from tersely.anatomy import Anatomy, Norm
 from tersely.errors import AnatomyError, NumericalError, RecipeError
-from tersely.rewrite.fold_norms import EXPERT_READERS, closed, experts_at, opened, rounded, sealed_at, sites_at
+from tersely.rewrite.fold_norms import (
+    EXPERT_READERS,
+    closed,
+    experts_at,
+    norms_of_blocks,
+    opened,
+    rounded,
+    sealed_at,
+    sites_at,
+)
 from tersely.stats import AbsMax, Statistic, Stats
 
 if TYPE_CHECKING:
@@ -65,7 +74,7 @@ class Smooth:
 
     def check(self, anatomy: Anatomy, config: "PreTrainedConfig") -> None:
         treated = 0
-        for norm in _norms_of_blocks(anatomy):
+        for norm in norms_of_blocks(anatomy):
             sealed = sealed_at(anatomy, norm.feeds)
             if sealed:
                 raise AnatomyError(
@@ -81,7 +90,7 @@ class Smooth:
         """The norms in front of linears that stay as they are: path → reason."""
         return {
             norm.name: "it also feeds a mixture of experts"
-            for norm in _norms_of_blocks(anatomy)
+            for norm in norms_of_blocks(anatomy)
             if norm.feeds.endswith(":mlp.in") and experts_at(anatomy, norm.feeds.partition(":")[0], EXPERT_READERS)
         }
 
@@ -96,7 +105,7 @@ class Smooth:
     ) -> dict[str, Tensor]:
         changed: dict[str, Tensor] = {}
         left_alone = self.left_alone(anatomy)
-        for norm in _norms_of_blocks(anatomy):
+        for norm in norms_of_blocks(anatomy):
             if norm.feeds.partition(":")[0] != anatomy.blocks[index] or norm.name in left_alone:
                 continue
             sites = sites_at(anatomy, norm.feeds)
@@ -128,7 +137,3 @@ def _divided(norm: Norm, scale: Float[Tensor, " width"], state: Mapping[str, Ten
         name = f"{norm.name}.bias"
         changed[name] = rounded(name, state[name].double() / scale, state[name])
     return changed
-
-
-def _norms_of_blocks(anatomy: Anatomy) -> tuple[Norm, ...]:
-    return tuple(norm for norm in anatomy.norms if norm.feeds != "head")
