@@ -12,7 +12,7 @@ import torch
 from tersely.bench import BENCHES, Bench, Entry, check_bench, entry_of, markdown, run_bench, running
 from tersely.cli import main
 from tersely.errors import AnatomyError, CheckpointError, NumericalError, RecipeError
-from tersely.evaluation import cut, measure_perplexity, memory, paired, paired_over, peak_within, window_losses
+from tersely.evaluation import cut, measure_perplexity, paired, paired_over, peak_within, window_losses
 from tersely.evaluation.paired import NORMAL_QUANTILE
 from tersely.pipeline import load, quiet
 from tersely.recipe import Calibration, recipe_from
@@ -153,7 +153,7 @@ def test_numbers_that_are_not_finite_are_a_row_and_no_end(bench, tmp_path, monke
     def diverges(*given, **more):
         raise NumericalError("a logit is not finite")
 
-    monkeypatch.setattr(running, "measure_agreement", diverges)
+    monkeypatch.setattr(running, "measure_windows", diverges)
     rows = run_bench(bench(keeps=[0.5]), tmp_path / "rows.json", "command", quiet)
     assert len(rows) == 2 and all(row["failed"] == "a logit is not finite" for row in rows)
     assert "## What it takes" not in markdown(rows, "command")

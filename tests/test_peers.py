@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ SCRIPTS = Path(__file__).parents[1] / "bench" / "peers"
 
 SCRIPT = """
 import json, shutil, sys
+from dataclasses import replace
 from pathlib import Path
 import numpy
 from safetensors.numpy import load_file, save_file
@@ -81,7 +83,7 @@ def scripts(tmp_path):
 def fake(scripts):
     def make(what=None, group="untrained", width=4):
         options = {"width": width, "group": 64} | ({} if what is None else {"what": what})
-        return Peer("fake", options, group, scripts)
+        return Peer("fake", options, group, "rtn", scripts)
 
     return make
 
@@ -148,6 +150,28 @@ def test_what_learned_stands_with_what_learned(bench, fake, tmp_path, text_file)
     rows = run_bench(bench(fake(), fake("zero", "trained")), tmp_path / "rows.json", "command", quiet)
     assert [(row["group"], row["trained_on"]) for row in rows] == [("untrained", None), ("trained", [str(text_file)])]
     assert rows[1]["kl"] > 0
+
+
+def test_ours_stand_beside_a_package_window_by_window(bench, fake, tmp_path):
+    symmetric = Entry("rtn", sizes=None, options={"width": 4, "grid": "symmetric"})
+    others = Entry("rtn", sizes=None, options={"width": 3}), Entry("svd")
+    job = replace(bench(Entry("rtn", sizes=None, options={"width": 4}), symmetric, *others, fake()), chosen={4: "svd"})
+    file = tmp_path / "rows.json"
+    rows = run_bench(job, file, "command", quiet)
+    beside = json.loads(file.read_text())["beside_peers"]
+    assert [one["ours"] for one in beside] == ["rtn (width 4)", "rtn (width 4, grid symmetric)", "svd"]
+    for one, ours in zip(beside, (rows[0], rows[1], rows[3]), strict=True):
+        # the package wrote the dense model: the ratio is that to dense, and its interval holds it
+        low, high = one["ratio_interval"]
+        assert one["ratio"] == pytest.approx(ours["relative_perplexity"], rel=1e-6)
+        assert low <= one["ratio"] <= high and one["lower"] == (high < 1)
+        assert one["perplexity"] == [ours["perplexity"], rows[4]["perplexity"]]
+    table = markdown(rows, "command", beside)
+    lines = table.partition("## Beside other packages")[2].partition("## What it takes")[0].splitlines()
+    assert sum(line.startswith("| peer:fake") for line in lines) == 3
+    # a bench that is complete keeps what it said, though the losses are gone
+    assert run_bench(job, file, "command", quiet) == rows
+    assert json.loads(file.read_text())["beside_peers"] == beside
 
 
 # --- what has no result -----------------------------------------------------------------------------------------------

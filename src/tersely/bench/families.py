@@ -125,6 +125,8 @@ CODES = {"objective": ["logits"], "tokens": 410_000, "patience": 99}
 """Codes and ranges of the whole model together, towards the dense model's predictions: one pass over the text and more,
 the numbers kept that were best on the windows held out."""
 RATES = {4: 0.005, 3: 0.01, 2: 0.01}
+COMBINED = (3.3, 3.0, 2.5, 2.3, 2.0)
+"""Bits per weight, everything stored counted, at which ranks, branches, widths and groups compete for the bytes."""
 
 QUANTIZE = (
     *(
@@ -152,6 +154,18 @@ QUANTIZE = (
         for network in ("graph", "mlp", "none")
     ),
     *(Entry("gptq", "knapsack", "none", {"bits": bits, "shrink": True}, sizes=None) for bits in (3.0, 2.5)),
+    # the papers' order, integers and then one branch, and both made for each other
+    *(
+        Entry("qera", propagate="none", options={"width": width, "rank": 4, **order}, sizes=None)
+        for width in (3, 2)
+        for order in ({"rounds": 0}, {})
+    ),
+    # integers alone at every width and group, then with ranks and branches beside them
+    *(
+        Entry("mixed", "lems", "none", {"bits": bits, **offered}, sizes=None)
+        for bits in COMBINED
+        for offered in ({"branches": [], "ranks": 0}, {})
+    ),
     *(
         Entry(method, propagate="input", options={"width": width, "refine": BLOCKS, **options}, sizes=None)
         for width in WIDTHS[1:]
@@ -162,9 +176,33 @@ QUANTIZE = (
         Entry("rounding", options=CODES | {"rate": RATES[width], "options": {"width": width}}, sizes=None)
         for width in WIDTHS[1:]
     ),
+    *(
+        Entry(
+            "rounding",
+            options=CODES | {"rate": 0.01},
+            sizes=None,
+            steps=({"method": "gptq", "width": width, "shrink": True},),
+        )
+        for width in (3, 2)
+    ),
+    *(
+        Entry(
+            "rounding",
+            options=CODES | {"rate": 0.01},
+            sizes=None,
+            steps=({"method": "mixed", "bits": bits, "allocate": "lems"},),
+        )
+        for bits in COMBINED
+    ),
 )
 """The weight-only quantizers of this release: at fixed widths of their codes, in groups of 64 where nothing else is
 said, at bits that are asked for, after a rewrite, and trained, block by block or all together."""
+
+CHOSEN = {
+    width: Entry("rounding", options=CODES | {"rate": RATES[width], "options": {"width": width}}, sizes=None).way
+    for width in WIDTHS[1:]
+}
+"""Width → the way that was best at that width on validation text (docs/lab.md)."""
 
 FACTORS = {"method": "svd_llm", "keep": 0.6}
 HEAL = {"objective": ["logits"], "tokens": 300_000, "rate": 2e-3, "options": {"rank": 8}}

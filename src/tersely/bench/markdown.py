@@ -4,7 +4,7 @@ Only rows of one group stand in one table (see `entry.GROUPS`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -21,15 +21,23 @@ STAGES = (
 )
 
 
-def markdown(rows: Sequence[Row], command: str) -> str:
+BESIDE = (
+    "Ratio: our perplexity over that of the package, with a 95 % interval over windows that both models read; below 1 "
+    "ours is lower. Bold where all of the interval is. Bits per weight and seconds: ours / theirs."
+)
+
+
+def markdown(rows: Sequence[Row], command: str, beside: Sequence[Mapping[str, Any]] = ()) -> str:
     """Per text a line per way to compress, a column per size, with perplexity and KL, and those of a single size below;
-    then a table of what every way takes, and one of those that could not be gone."""
+    then a table of what every way takes, and one of those that could not be gone.  `beside`: see `beside_peers`."""
     done = [row for row in rows if not any(key in row for key in NO_RESULT)]
     lines = [f"Regenerate with `{command}`.", ""]
     for text in dict.fromkeys(row["text"] for row in done):
         of_text = [row for row in done if row["text"] == text]
         lines += [f"## {text}", "", _protocol(of_text[0]), ""]
         lines += _grouped(of_text, _results, "###")
+    if beside:
+        lines += ["## Beside other packages", "", BESIDE, "", *_beside(beside)]
     if done:
         lines += ["## What it takes", "", _legend(done), "", *_grouped(done, _taken, "###")]
         lines += ["## Where the seconds go", "", STAGES, "", *_grouped(done, _stages, "###")]
@@ -82,6 +90,29 @@ def _one_by_one(rows: Sequence[Row]) -> list[str]:
             f"{row['perplexity']:.2f} | {row['kl']:.4f} | {row['seconds']:.1f} |"
         )
     return [*lines, ""]
+
+
+def _beside(beside: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """One line for every two ways, one column for every text."""
+    texts = list(dict.fromkeys(one["text"] for one in beside))
+    yield "| package | ours | bits | " + " | ".join(texts) + " | seconds |"
+    yield "|---|---|--:|" + "--:|" * len(texts) + "--:|"
+    pairs: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for one in beside:
+        pairs.setdefault((one["peer"], one["ours"]), {})[one["text"]] = one
+    for (theirs, ours), of_text in pairs.items():
+        first = next(iter(of_text.values()))
+        bits = " / ".join(f"{bits:.2f}" for bits in first["bits_per_weight"])
+        seconds = " / ".join(f"{seconds:.1f}" for seconds in first["seconds"])
+        ratios = (_ratio(of_text[text]) if text in of_text else GAP for text in texts)
+        yield f"| {theirs} | {ours} | {bits} | " + " | ".join(ratios) + f" | {seconds} |"
+    yield ""
+
+
+def _ratio(one: Mapping[str, Any]) -> str:
+    low, high = one["ratio_interval"]
+    said = f"{one['ratio']:.4f} ({low:.4f} to {high:.4f})"
+    return f"**{said}**" if one["lower"] else said
 
 
 def _legend(rows: Sequence[Row]) -> str:

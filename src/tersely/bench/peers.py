@@ -46,6 +46,8 @@ class Peer:
     options: dict[str, Any]
     """`width` and `group`, and what the script is told beyond them."""
     group: Group = "untrained"
+    counterpart: str = ""
+    """Our method by the same algorithm, whose rows of this group stand beside it."""
     scripts: Path = Path("bench/peers")
     """The folder of scripts; the environments lie in .peers, two folders up."""
 
@@ -76,18 +78,18 @@ class Peer:
         return "-".join(["peer", self.package, *words])
 
 
-WAYS: tuple[tuple[str, dict[str, Any], Group], ...] = (
-    ("hqq", {}, "untrained"),
-    ("sinq", {}, "untrained"),
-    ("llmcompressor", {"algorithm": "rtn"}, "untrained"),
-    ("llmcompressor", {"algorithm": "gptq"}, "untrained"),
-    ("llmcompressor", {"algorithm": "awq"}, "untrained"),
-    ("auto-round", {"steps": 200}, "trained"),
+WAYS: tuple[tuple[str, dict[str, Any], Group, str], ...] = (
+    ("hqq", {}, "untrained", "hqq"),
+    ("sinq", {}, "untrained", "sinq"),
+    ("llmcompressor", {"algorithm": "rtn"}, "untrained", "rtn"),
+    ("llmcompressor", {"algorithm": "gptq"}, "untrained", "gptq"),
+    ("llmcompressor", {"algorithm": "awq"}, "untrained", "awq"),
+    ("auto-round", {"steps": 200}, "trained", "rtn"),
 )
 PEERS = tuple(
-    Peer(package, {"width": width, "group": 64, **options}, group)
+    Peer(package, {"width": width, "group": 64, **options}, group, counterpart)
     for width in (8, 4, 3, 2)
-    for package, options, group in WAYS
+    for package, options, group, counterpart in WAYS
 )
 """The packages and their ways, on the grid that most of them are tuned for: groups of 64, with zero points.  The script
 of sinq also knows asinq, which takes many minutes on a processor, and the normal-float levels, see there."""

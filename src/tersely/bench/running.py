@@ -11,26 +11,29 @@ included.  Their difference is what the way itself takes.  The first row that ne
 seconds and in memory; `stages` tell what takes how long.
 """
 
+import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tersely.anatomy import needs_first_token
+from tersely.bench.beside import Losses, beside_peers
 from tersely.bench.entry import Entry, Setting, trains
 from tersely.bench.peers import Dequantized, Peer, dequantized
 from tersely.calibrate import read_windows
 from tersely.checkpoint import locate, read_config, read_tokenizer
 from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
-from tersely.evaluation import Peak, Recalled, Windows, cut, folder_bytes, measure_agreement, peak_within
+from tersely.evaluation import Peak, Recalled, Windows, cut, folder_bytes, measure_windows, peak_within
 from tersely.job import Progress
-from tersely.journal import commit_text
+from tersely.journal import commit_tensors, commit_text, read_tensors
 from tersely.pipeline import Result, load, run, versions
 from tersely.prepare import examine, prepare
 from tersely.recipe import Calibration
@@ -53,6 +56,8 @@ class Bench:
     windows: int | None = None
     seed: int = 0
     device: str = "cpu"
+    chosen: Mapping[int, str] = field(default_factory=dict)
+    """Width of a code → the way that stands beside every package at that width."""
 
     def __post_init__(self) -> None:
         for keep in self.keeps:
@@ -74,6 +79,9 @@ def run_bench(
     """
     rows = rows_so_far(file, command)
     work = keep_folders or file.with_suffix(".work")
+    peers = [entry for entry in bench.entries if isinstance(entry, Peer)]
+    if peers:
+        (work / "losses").mkdir(parents=True, exist_ok=True)
     yardstick = _Yardstick(bench)
     jobs = list(_jobs(bench))
     for number, (entry, size) in enumerate(jobs):
@@ -87,11 +95,19 @@ def run_bench(
                 else compressed(entry, bench.setting, size, out, work / "statistics")
             )
             row = named(entry, size)
-            rows += [row | made] if isinstance(made, dict) else yardstick.rows(row, made, progress)
-            commit_text(file, json.dumps(bench_content(command, rows), indent=1) + "\n")
+            if isinstance(made, dict):
+                rows.append(row | made)
+            else:
+                measured, losses = yardstick.rows(row, made, progress)
+                if peers and losses:
+                    commit_tensors(_losses_of(work, row), losses)
+                rows += measured
+            _write(file, command, rows)
             if keep_folders is None:
                 shutil.rmtree(out, ignore_errors=True)  # nothing is there of what was refused
         progress("rows", number + 1, len(jobs))
+    if peers and any((work / "losses").iterdir()):
+        _write(file, command, rows, beside_peers(peers, rows, bench.chosen, lambda row: _read_losses(work, row)))
     if keep_folders is None:
         shutil.rmtree(work, ignore_errors=True)
     return rows
@@ -210,8 +226,8 @@ class _Yardstick:
         self._windows = _windows(bench, read_tokenizer(locate(bench.model)), self.dense.config)
         self._recalled: list[Recalled] = [{} for _ in self._windows]
 
-    def rows(self, row: Row, made: Compressed | Dequantized, progress: Progress) -> list[Row]:
-        """One for each text; a single one that says why if a number is not finite."""
+    def rows(self, row: Row, made: Compressed | Dequantized, progress: Progress) -> tuple[list[Row], dict[str, Tensor]]:
+        """One for each text, and its windows' losses; a single one that says why if a number is not finite."""
         if isinstance(made, Dequantized):
             out, taken = made.out, made.costs
             model = load(out, dtype=self.dense.dtype, device=str(self.dense.device))  # the folder is in float32
@@ -219,12 +235,13 @@ class _Yardstick:
             out = made.result.out
             taken = {"bytes": folder_bytes(out), **costs(made)}
             model = load(out, device=str(self.dense.device))
-        rows = []
+        rows: list[Row] = []
+        losses: dict[str, Tensor] = {}
         for windows, recalled in zip(self._windows, self._recalled, strict=True):
             try:
-                agreement = measure_agreement(model, self.dense, windows, progress, recalled)
+                agreement, losses[windows.text.source] = measure_windows(model, self.dense, windows, progress, recalled)
             except NumericalError as error:
-                return [row | {"failed": str(error)}]
+                return [row | {"failed": str(error)}], {}
             protocol = asdict(windows.protocol(model))
             rows.append(
                 {
@@ -236,7 +253,7 @@ class _Yardstick:
                     "protocol": protocol,
                 }
             )
-        return rows
+        return rows, losses
 
 
 def _trained_on(result: Result) -> list[str] | None:
@@ -245,6 +262,22 @@ def _trained_on(result: Result) -> list[str] | None:
     training = [step if "train" in step else step["refine"] for step in recipe["step"] if trains(step)]
     texts = {text for one in training for text in one["text"] or recipe["calibration"]["source"]}
     return sorted(texts) or None
+
+
+def _write(file: Path, command: str, rows: list[Row], beside: list[dict[str, Any]] | None = None) -> None:
+    content = bench_content(command, rows) | ({} if beside is None else {"beside_peers": beside})
+    commit_text(file, json.dumps(content, indent=1) + "\n")
+
+
+def _losses_of(work: Path, row: Row) -> Path:
+    """Where the losses of a row's windows lie as long as rows are missing."""
+    said = json.dumps([row["method"], row["options"], row.get("keep"), row.get("bits")], sort_keys=True)
+    return work / "losses" / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _read_losses(work: Path, row: Row) -> Losses | None:
+    file = _losses_of(work, row)
+    return read_tensors(file) if file.is_file() else None
 
 
 def bench_content(command: str, rows: list[Row]) -> dict[str, Any]:

@@ -173,7 +173,18 @@ def bench(
     threads: Threads = None,
 ) -> None:
     """Systems side by side on one model, as JSON and a table beside it; one that was stopped goes on."""
-    from tersely.bench import BENCHES, NO_RESULT, Bench, Entry, Peer, check_bench, markdown, peers_in, run_bench
+    from tersely.bench import (
+        BENCHES,
+        CHOSEN,
+        NO_RESULT,
+        Bench,
+        Entry,
+        Peer,
+        check_bench,
+        markdown,
+        peers_in,
+        run_bench,
+    )
     from tersely.errors import unknown
     from tersely.journal import commit_text
     from tersely.progress import Reporter
@@ -189,12 +200,13 @@ def bench(
     entries: tuple[Entry | Peer, ...] = (*BENCHES[family], *theirs)
     if not entries:
         raise RecipeError("bench peers: none given; say where their scripts are with --peers bench/peers")
-    job = Bench(model, entries, keeps, texts, calibration, length, windows, seed or 0, device or "cpu")
+    job = Bench(model, entries, keeps, texts, calibration, length, windows, seed or 0, device or "cpu", CHOSEN)
     command = shlex.join(["tersely", *spread(sys.argv[1:])])
     check_bench(job, file, command)
     with working(), Reporter() as progress:
         rows = run_bench(job, file, command, progress)
-    commit_text(file.with_suffix(".md"), markdown(rows, command))
+    beside = json.loads(file.read_text(encoding="utf-8")).get("beside_peers", ())
+    commit_text(file.with_suffix(".md"), markdown(rows, command, beside))
     if empty := sum(any(key in row for key in NO_RESULT) for row in rows):
         say(f"{empty} rows without a result; the table says why")
     console.print(f"written: {file} and {file.with_suffix('.md')}")

@@ -11,19 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tersely.errors import RecipeError
-from tersely.evaluation.agreement import Agreement, measure_agreement, require_comparable
+from tersely.evaluation.agreement import Agreement, measure_agreement, measure_windows, require_comparable
 from tersely.evaluation.comparison import recorded_perplexity, recorded_rows, require_same_protocol
 from tersely.evaluation.drift import Drift, measure_drift
 from tersely.evaluation.harness import measure_named_tasks, require_harness
-from tersely.evaluation.memory import (
-    Peak,
-    folder_bytes,
-    parameter_count,
-    peak_memory,
-    peak_within,
-    resident_memory,
-    weight_bytes,
-)
+from tersely.evaluation.memory import folder_bytes, parameter_count, weight_bytes
 from tersely.evaluation.paired import Paired, paired, paired_over
 from tersely.evaluation.passages import Passages, passages
 from tersely.evaluation.perplexity import (
@@ -43,6 +35,7 @@ from tersely.evaluation.speed import BatchSpeed, Rate, Speed, Throughput, measur
 from tersely.evaluation.task_formats import Task, is_task_file, read_task
 from tersely.evaluation.tasks import measure_task
 from tersely.evaluation.texts import measure_text
+from tersely.memory import Peak, peak_memory, peak_within, resident_memory
 from tersely.text import read_rows, read_text
 
 __all__ = [
@@ -75,6 +68,7 @@ __all__ = [
     "measure_speed",
     "measure_task",
     "measure_text",
+    "measure_windows",
     "paired",
     "paired_over",
     "parameter_count",

@@ -27,9 +27,9 @@ from tersely.evaluation.perplexity import (
     Recalled,
     Windows,
     loss_of,
-    mean_over_positions,
     perplexity_of,
     require_causal,
+    sums_by_window,
     vocabulary_size,
 )
 
@@ -57,13 +57,24 @@ def measure_agreement(
     whoever compares many models with it.  The models may live on different devices; both stay there.  Raises
     RecipeError as `require_comparable` does, NumericalError for logits that are not finite.
     """
+    return measure_windows(model, dense, windows, progress, recalled)[0]
+
+
+def measure_windows(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    windows: Windows,
+    progress: Progress | None = None,
+    recalled: Recalled | None = None,
+) -> tuple[Agreement, Float[Tensor, " windows"]]:
+    """As `measure_agreement`, and the losses of `model` as `window_losses` has them, from the same pass."""
     require_comparable(model, dense)
-    loss, dense_loss, divergence, agreeing = mean_over_positions(
-        [model, dense], windows, compare, progress, [None, recalled]
-    )
-    return Agreement(
+    sums = sums_by_window([model, dense], windows, compare, progress, [None, recalled])
+    loss, dense_loss, divergence, agreeing = (sums.sum(1) / windows.predicted).tolist()
+    agreement = Agreement(
         perplexity=perplexity_of(loss), dense_perplexity=perplexity_of(dense_loss), kl=divergence, top1=agreeing
     )
+    return agreement, sums[0] / windows.predictions()
 
 
 def require_comparable(model: PreTrainedModel, dense: PreTrainedModel) -> None:

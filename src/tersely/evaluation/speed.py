@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tersely.errors import RecipeError
-from tersely.evaluation.memory import peak_memory, resident_memory, weight_bytes
+from tersely.evaluation.memory import weight_bytes
 from tersely.evaluation.perplexity import require_causal, undisturbed, vocabulary_size
+from tersely.memory import peak_memory, resident_memory
 from tersely.text import context_length
 
 
