@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tersely import memory
 from tersely.bench import BENCHES, Bench, Entry, check_bench, entry_of, markdown, run_bench, running
 from tersely.cli import main
 from tersely.errors import AnatomyError, CheckpointError, NumericalError, RecipeError
@@ -369,7 +370,7 @@ def test_a_verdict_goes_on_and_takes_more_seeds(tool, trial, tmp_path, monkeypat
     assert perplexities == {row["way"]: row.get("perplexity") for row in whole["rows"]}
     with pytest.raises(RecipeError, match="another model"):
         tool.run(trial(windows=5), out, "command")
-    assert json.loads(file.read_text())["command"] == "another command"
+    assert json.loads(file.read_text())["commands"] == ["command", "another command"]
 
 
 def test_a_text_that_the_dense_model_does_not_model_is_marked_and_left_out(tool, trial, tmp_path, monkeypatch):

@@ -344,9 +344,15 @@ def cases():
         yield GPTQ(group=16, grid=form, block=32)
     yield RoundToNearest(width=5, shrink=True)
     yield GPTQ(group=0, width=5, act_order=False, shrink=True)
+    yield RoundToNearest(group=16, scale="log8")
+    yield GPTQ(group=16, scale="log8")
 
 
-every_method = pytest.mark.parametrize("method", list(cases()), ids=lambda m: f"{type(m).__name__}-{m.grid}-{m.width}")
+def name_of(method):
+    return f"{type(method).__name__}-{method.grid}-{method.width}-{method.scale}"
+
+
+every_method = pytest.mark.parametrize("method", list(cases()), ids=name_of)
 
 
 @every_method
@@ -389,12 +395,21 @@ def test_shapes_of_all_sorts(method, shape):
 
 @pytest.mark.parametrize("method", [RoundToNearest, GPTQ])
 def test_wrong_requests_are_refused(method):
-    for wrong in ({"group": -1}, {"grid": "log"}, {"width": 9}, {"width": 1, "grid": "symmetric"}):
+    wrongs = ({"group": -1}, {"grid": "log"}, {"width": 9}, {"width": 1, "grid": "symmetric"}, {"scale": "float8"})
+    for wrong in wrongs:
         with pytest.raises(RecipeError, match=r"wanted|known"):
             method(**wrong)
     for asked, amount in ((method(), 9), (method(), 0), (method(width=4), 3), (method(grid="symmetric"), 1)):
         with pytest.raises(RecipeError, match="wanted"):
             asked.compress(normal(4, 8), observed(correlated(8)), amount)
+
+
+@pytest.mark.parametrize("method", [RoundToNearest, GPTQ])
+def test_scales_in_a_byte_pay_for_groups_of_half_the_width(method):
+    weight, stats = normal(64, 128), observed(correlated(128))
+    coarse, fine = method(width=2), method(width=2, group=32, scale="log8")
+    assert coarse.sizes((64, 128), 4)[1].nbytes == fine.sizes((64, 128), 4)[1].nbytes
+    assert fine.options(weight, stats)[1].error < coarse.options(weight, stats)[1].error
 
 
 def test_wrong_requests_of_gptq_alone_are_refused():

@@ -11,8 +11,9 @@ by window, with whichever other way is the strongest there (see `tersely.evaluat
 the fact favours the others.  `--against` names other ways as `tersely bench low-rank` prints them, or recipes; by
 default all low-rank entries of the recipe's group.
 
-Writes OUT.json row by row and OUT.md at the end.  A run that was stopped goes on, also with more sizes, seeds or ways;
-losses of windows and statistics lie in OUT.work, the latter until their seed is complete.
+Writes OUT.json row by row and OUT.md at the end.  A run that was stopped goes on, also with more sizes, seeds or ways,
+and what is said at the end is said of all rows: so a way that is far behind for one seed need not be made for others.
+Losses of windows and statistics lie in OUT.work, the latter until their seed is complete.
 """
 
 import argparse
@@ -104,7 +105,8 @@ def run(trial: Trial, out: Path, command: str) -> dict[str, Any]:
         "texts": [[one.text.source, one.text.sha256, one.length, len(one)] for one in cuts],
     }
     content = _so_far(file, setting) or bench_content(command, []) | {"setting": setting}
-    content["command"] = command
+    content.pop("command", None)  # of a bench there is one
+    content["commands"] = list(dict.fromkeys([*content.get("commands", ()), command]))
     (work / "losses").mkdir(parents=True, exist_ok=True)
     if "dense" not in content:
         content["dense"] = _dense(trial, cuts)
@@ -122,9 +124,9 @@ def run(trial: Trial, out: Path, command: str) -> dict[str, Any]:
             sys.stderr.write(f"{number}/{len(jobs)} seed {seed} keep {keep} {entry.way}\n")
         if number == len(jobs) or jobs[number][0] != seed:
             shutil.rmtree(statistics, ignore_errors=True)
-    content["verdict"] = verdict(trial, content, lambda row: read_tensors(work / "losses" / row["losses"]))
+    content["verdict"] = verdict(content, trial.best.way, lambda row: read_tensors(work / "losses" / row["losses"]))
     commit_text(file, json.dumps(content, indent=1) + "\n")
-    commit_text(out.with_suffix(".md"), markdown(trial, content))
+    commit_text(out.with_suffix(".md"), markdown(content, trial.best))
     return content
 
 
@@ -204,17 +206,17 @@ def perplexity(row: Row, texts: Sequence[str]) -> float:
     return math.exp(fmean(math.log(row["perplexity"][text]) for text in texts))
 
 
-def verdict(trial: Trial, content: dict[str, Any], losses_of: Callable[[Row], Losses]) -> list[dict[str, Any]]:
+def verdict(content: dict[str, Any], best_way: str, losses_of: Callable[[Row], Losses]) -> list[dict[str, Any]]:
     """Per size, place and seed: the best, the strongest of the others there, and what pairing says of them.
     `losses_of`: row → its losses."""
     found = []
-    for keep in trial.keeps:
+    for keep in _keeps(content):
         for place, texts in places(content).items():
-            for seed in trial.seeds:
+            for seed in _seeds(content):
                 said: dict[str, Any] = {"keep": keep, "place": place, "seed": seed}
-                rows = [_row_of(content["rows"], entry.way, keep, seed) for entry in trial.entries]
-                best, *others = [row if row is not None and "losses" in row else None for row in rows]
-                rivals = [row for row in others if row is not None]
+                rows = [row for row in _with_result(content) if (row["keep"], row["seed"]) == (keep, seed)]
+                best = next((row for row in rows if row["way"] == best_way), None)
+                rivals = [row for row in rows if row["way"] != best_way]
                 if best is not None and rivals:
                     strongest = min(rivals, key=lambda row: perplexity(row, texts))
                     ours, theirs = losses_of(best), losses_of(strongest)
@@ -229,13 +231,13 @@ def verdict(trial: Trial, content: dict[str, Any], losses_of: Callable[[Row], Lo
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
-def markdown(trial: Trial, content: dict[str, Any]) -> str:
-    best = trial.best.way
-    lines = [f"Regenerate with `{content['command']}`.", "", f"Judged: **{best}** ({trial.best.compared_with}).", ""]
+def markdown(content: dict[str, Any], best: Entry) -> str:
+    lines = ["Regenerate with:", *(f"- `{command}`" for command in content["commands"]), ""]
+    lines += [f"Judged: **{best.way}** ({best.compared_with}).", ""]
     lines += [*_dense_table(content), "", *_verdict_table(content), ""]
     for place, texts in places(content).items():
-        lines += [f"## {place}", "", *_perplexity_table(trial, content, texts), ""]
-    lines += ["## What it takes", "", *_cost_table(trial, content), ""]
+        lines += [f"## {place}", "", *_perplexity_table(content, texts), ""]
+    lines += ["## What it takes", "", *_cost_table(content), ""]
     empty = [(row, key) for row in content["rows"] for key in NO_RESULT if key in row]
     if empty:
         lines += ["## No result", "", "| way | keep | seed | what | why |", "|---|--:|--:|---|---|"]
@@ -274,53 +276,64 @@ def _verdict_table(content: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _perplexity_table(trial: Trial, content: dict[str, Any], texts: Sequence[str]) -> Iterator[str]:
-    """Mean ± standard deviation over seeds; the lowest mean of a size is bold."""
-    yield "| way |" + "".join(f" keep {keep} |" for keep in trial.keeps)
-    yield "|---|" + "--:|" * len(trial.keeps)
+def _perplexity_table(content: dict[str, Any], texts: Sequence[str]) -> Iterator[str]:
+    """Mean ± standard deviation over seeds, and of how many where not of all; the lowest mean over all is bold."""
+    ways, keeps = _ways(content), _keeps(content)
+    yield "| way |" + "".join(f" keep {keep} |" for keep in keeps)
+    yield "|---|" + "--:|" * len(keeps)
     found = {
-        (entry.way, keep): [perplexity(row, texts) for row in _with_result(trial, content, entry, keep)]
-        for entry in trial.entries
-        for keep in trial.keeps
+        (way, keep): [perplexity(row, texts) for row in _with_result(content, way, keep)]
+        for way in ways
+        for keep in keeps
     }
-    lowest = {
-        keep: min((fmean(values) for (_, at), values in found.items() if at == keep and values), default=None)
-        for keep in trial.keeps
-    }
-    for entry in trial.entries:
+    of_all = {key: fmean(values) for key, values in found.items() if len(values) == len(_seeds(content))}
+    lowest = {keep: min((mean for (_, at), mean in of_all.items() if at == keep), default=None) for keep in keeps}
+    for way in ways:
         cells = []
-        for keep in trial.keeps:
-            values = found[entry.way, keep]
+        for keep in keeps:
+            values = found[way, keep]
             if not values:
                 cells.append("–")
                 continue
             spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-            said = f"{fmean(values):.2f}{spread}"
+            said = f"{fmean(values):.2f}{spread}" + ("" if len(values) == len(_seeds(content)) else f" ({len(values)})")
             cells.append(f"**{said}**" if fmean(values) == lowest[keep] else said)
-        yield f"| {entry.way} | " + " | ".join(cells) + " |"
+        yield f"| {way} | " + " | ".join(cells) + " |"
 
 
-def _cost_table(trial: Trial, content: dict[str, Any]) -> Iterator[str]:
+def _cost_table(content: dict[str, Any]) -> Iterator[str]:
     yield "| way | keep | kept | folder | seconds | memory | left dense | degraded | trained on |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|---|"
-    for entry in trial.entries:
-        for keep in trial.keeps:
-            rows = _with_result(trial, content, entry, keep)
+    for way in _ways(content):
+        for keep in _keeps(content):
+            rows = _with_result(content, way, keep)
             if not rows:
                 continue
             peaks = [row["peak_bytes"] - row["resident_bytes"] for row in rows if row["peak_bytes"] is not None]
             trained = ", ".join(rows[0]["trained_on"] or []) or "nothing"
             yield (
-                f"| {entry.way} | {keep} | {fmean(row['kept'] for row in rows):.4f} | "
+                f"| {way} | {keep} | {fmean(row['kept'] for row in rows):.4f} | "
                 f"{format_value(fmean(row['bytes'] for row in rows), 'bytes')} | "
                 f"{fmean(row['seconds'] for row in rows):.1f} | {format_value(max(peaks, default=None), 'bytes')} | "
                 f"{max(row['left_dense'] for row in rows)} | {max(row['degraded'] for row in rows)} | {trained} |"
             )
 
 
-def _with_result(trial: Trial, content: dict[str, Any], entry: Entry, keep: float) -> list[Row]:
-    rows = [_row_of(content["rows"], entry.way, keep, seed) for seed in trial.seeds]
-    return [row for row in rows if row is not None and "losses" in row]
+def _with_result(content: dict[str, Any], way: str | None = None, keep: float | None = None) -> list[Row]:
+    rows: list[Row] = [row for row in content["rows"] if "losses" in row]
+    return [row for row in rows if way in (None, row["way"]) and keep in (None, row["keep"])]
+
+
+def _ways(content: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["way"] for row in _with_result(content)))
+
+
+def _keeps(content: dict[str, Any]) -> list[float]:
+    return sorted({row["keep"] for row in _with_result(content)}, reverse=True)
+
+
+def _seeds(content: dict[str, Any]) -> list[int]:
+    return sorted({row["seed"] for row in _with_result(content)})
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Every row takes the path that ships: compress to a folder, open the folder, eval
 """
 
 from tersely.bench.entry import GROUPS, Entry, Setting, entry_of, way
-from tersely.bench.families import BENCHES, CHOSEN, LOW_RANK, QUANTIZE, SHAPES
+from tersely.bench.families import BENCHES, LEARNED, LOW_RANK, QUANTIZE, SHAPES
 from tersely.bench.markdown import markdown
 from tersely.bench.peers import PEERS, Dequantized, Peer, dequantized, peers_in, run_script
 from tersely.bench.running import (
@@ -25,8 +25,8 @@ from tersely.bench.running import (
 
 __all__ = [
     "BENCHES",
-    "CHOSEN",
     "GROUPS",
+    "LEARNED",
     "LOW_RANK",
     "NO_RESULT",
     "PEERS",

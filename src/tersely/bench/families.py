@@ -121,10 +121,15 @@ CALIBRATED: tuple[tuple[str, dict[str, Any]], ...] = (
 """Those that read the inputs of the dense model, at 4, 3 and 2 bits."""
 
 BLOCKS = {"epochs": 8}
-CODES = {"objective": ["logits"], "tokens": 410_000, "patience": 99}
+CODES = {"objective": ["logits"], "tokens": 410_000, "patience": 99, "rate": 0.01}
 """Codes and ranges of the whole model together, towards the dense model's predictions: one pass over the text and more,
 the numbers kept that were best on the windows held out."""
-RATES = {4: 0.005, 3: 0.01, 2: 0.01}
+LEARNED = {
+    4: Entry("rounding", options=CODES | {"rate": 0.005}, sizes=None, steps=({"method": "gptq", "width": 4},)),
+    3: Entry("rounding", options=CODES, sizes=None, steps=({"method": "gptq", "width": 3, "shrink": True},)),
+    2: Entry("rounding", options=CODES, sizes=None, steps=({"method": "gptq", "width": 2, "shrink": True},)),
+}
+"""Width → the way that was best at that width on validation text (docs/lab.md), as recipes/quantize_best_WIDTH.toml."""
 COMBINED = (3.3, 3.0, 2.5, 2.3, 2.0)
 """Bits per weight, everything stored counted, at which ranks, branches, widths and groups compete for the bytes."""
 
@@ -172,37 +177,15 @@ QUANTIZE = (
         for method, options in (("rtn", {}), ("gptq", {"shrink": True}))
     ),
     Entry("aqlm", propagate="input", options={"codebooks": 2, "width": 4, "group": 4, "refine": BLOCKS}, sizes=None),
+    *LEARNED.values(),
+    *(Entry("rounding", options=CODES | {"options": {"width": width}}, sizes=None) for width in (3, 2)),
     *(
-        Entry("rounding", options=CODES | {"rate": RATES[width], "options": {"width": width}}, sizes=None)
-        for width in WIDTHS[1:]
-    ),
-    *(
-        Entry(
-            "rounding",
-            options=CODES | {"rate": 0.01},
-            sizes=None,
-            steps=({"method": "gptq", "width": width, "shrink": True},),
-        )
-        for width in (3, 2)
-    ),
-    *(
-        Entry(
-            "rounding",
-            options=CODES | {"rate": 0.01},
-            sizes=None,
-            steps=({"method": "mixed", "bits": bits, "allocate": "lems"},),
-        )
+        Entry("rounding", options=CODES, sizes=None, steps=({"method": "mixed", "bits": bits, "allocate": "lems"},))
         for bits in COMBINED
     ),
 )
 """The weight-only quantizers of this release: at fixed widths of their codes, in groups of 64 where nothing else is
 said, at bits that are asked for, after a rewrite, and trained, block by block or all together."""
-
-CHOSEN = {
-    width: Entry("rounding", options=CODES | {"rate": RATES[width], "options": {"width": width}}, sizes=None).way
-    for width in WIDTHS[1:]
-}
-"""Width → the way that was best at that width on validation text (docs/lab.md)."""
 
 FACTORS = {"method": "svd_llm", "keep": 0.6}
 HEAL = {"objective": ["logits"], "tokens": 300_000, "rate": 2e-3, "options": {"rank": 8}}

@@ -30,7 +30,7 @@ from tersely.errors import NumericalError, RecipeError
 from tersely.kinds.quantized import QuantizedLinear
 from tersely.linalg.grid import Form, Grid, fit_grid, group_size, wide
 from tersely.linalg.hessian import Feedback, feedback, sweep
-from tersely.methods.quantize.widths import check_grid, width_of, width_sizes
+from tersely.methods.quantize.widths import StoredScale, check_grid, check_scale, width_of, width_sizes
 from tersely.option import Option
 from tersely.stats import Gram, Statistic, Stats
 
@@ -48,6 +48,9 @@ class GPTQ:
 
     width: int | None = None
     """Bits of a code, 1 to 8; None offers 2, 3, 4 and 8."""
+
+    scale: StoredScale = "float16"
+    """How scales are stored: "float16", or in a byte ("log8"), which allows groups nearly half as wide."""
 
     damping: float = 0.01
     """λ, added to the diagonal of the Gram matrix, as a fraction of the mean input power (no unit)."""
@@ -70,6 +73,7 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         check_grid("gptq", self.group, self.grid, self.width)
+        check_scale("gptq", self.scale)
         if not 0 <= self.damping < math.inf:
             raise RecipeError(f"gptq: damping {self.damping}; wanted 0 or more, a fraction of the mean input power")
         if self.block < 1:
@@ -80,7 +84,7 @@ class GPTQ:
         return (Gram,)
 
     def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
-        return width_sizes(shape, self.group, self.grid, self.width)
+        return width_sizes(shape, self.group, self.grid, self.width, self.scale)
 
     def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
         """Errors are exact, tr((W - W') G (W - W')ᵀ) of the W' that `compress` will make."""
@@ -116,7 +120,7 @@ class GPTQ:
     ) -> tuple[UInt8[Tensor, "out in"], Grid, float]:
         """Codes, their grid, and the error."""
         weight = wide(weight).masked_fill(spread.dead, 0.0)
-        grid = fit_grid(weight, bits, self.group, self.grid, shrink=self.shrink)
+        grid = fit_grid(weight, bits, self.group, self.grid, shrink=self.shrink, format=self.scale)
         codes, lost = rounded_with_feedback(weight, grid, spread, block=self.block)
         return codes, grid, lost
 

@@ -12,7 +12,6 @@ from tersely.option import Option
 WIDTHS = (2, 3, 4, 8)
 """Bits of a code that a method offers where none were asked for.  Any other width is to be had by naming it."""
 
-
 StoredScale = Literal["float16", "log8"]
 """How a method stores scales: in 16 bits, or in a byte (`linalg.grid`)."""
 
@@ -38,9 +37,11 @@ def check_grid(method: str, group: int, form: Form, width: int | None) -> None:
         raise RecipeError(f"{method}: width {width} on the {form} grid; wanted {_words(form)}")
 
 
-def width_sizes(shape: tuple[int, int], group: int, form: Form, width: int | None) -> list[Option]:
+def width_sizes(
+    shape: tuple[int, int], group: int, form: Form, width: int | None, scale: StoredScale = "float16"
+) -> list[Option]:
     """Nothing at all, then every offered width, with the bytes of codes, scales and zero points."""
-    return sizes_of(shape, group, WIDTHS if width is None else (width,), zeros=form == "asymmetric")
+    return sizes_of(shape, group, WIDTHS if width is None else (width,), zeros=form == "asymmetric", scale=scale)
 
 
 def sizes_of(
