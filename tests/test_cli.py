@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -350,7 +351,10 @@ def test_a_run_that_fails_midway_can_be_gone_on_with(failure, tersely_, usual, m
         status, _, err = tersely_(*command)
     assert status == 1
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "same command" in line
+    kept = f"what is finished is kept, go on with: {shlex.join(['tersely', *map(str, command)])}"
+    assert line.endswith(("the same command would end here again, so change it", kept))
+    if isinstance(failure, KeyboardInterrupt):
+        assert line == f"error: interrupted at compressing blocks, 1 of 2 done; {kept}"
     assert "Traceback" not in err
     assert not (tmp_path / "out" / "config.json").exists()
     status, out, _ = tersely_(*command)
@@ -376,8 +380,10 @@ def test_an_interrupt_before_work_begins_is_told(tersely_, model_folder, tmp_pat
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tersely.prepare.prepare", interrupted)
-    status, out, err = tersely_("compress", model_folder(), tmp_path / "out", "--method", "svd", "--keep", "0.6")
-    assert (status, out, err) == (1, "", "error: interrupted; give the same command again\n")
+    command = ["compress", str(model_folder()), str(tmp_path / "o u t"), "--method", "svd", "--keep", "0.6"]
+    status, out, err = tersely_(*command)
+    said = f"interrupted; go on with: {shlex.join(['tersely', *command])}"
+    assert (status, out, err) == (1, "", f"error: {said}\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -404,7 +410,7 @@ def test_keep_is_a_share_of_the_bytes_of_what_is_touched(keep, tersely_, usual, 
     assert reading(tmp_path / "out", "parameters")["value"] == sum(tensor.numel() for tensor in on_disk.values())
     assert reading(tmp_path / "out", "checkpoint")["value"] == (tmp_path / "out" / WEIGHTS).stat().st_size
     assert "touched weights" in out
-    assert "compressing: 2 of 2" in err
+    assert "compressing blocks: 2 of 2" in err
 
 
 @pytest.mark.parametrize("bits", [24, 12.5, 6])

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import what stands above it here, and what belongs to its own unit; never a neighbour, never below.
 LAYERS = (
-    {"errors", "option", "progress"},
+    {"errors", "memory", "option"},
     {"settings"},
     {"hf", "recipe"},
     {"text", "journal"},
@@ -48,8 +48,8 @@ LAYERS = (
     {"outlook"},
     {"prepare", "verify", "export"},
     {"pipeline"},
-    {"bench", "catalogue", "estimate", "generate"},
-    {"demo"},
+    {"bench", "catalogue", "estimate", "generate", "push", "record"},
+    {"demo", "progress"},
     {"cli"},
     {"__init__", "__main__"},
 )

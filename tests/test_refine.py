@@ -255,8 +255,13 @@ def to_a_sum(weight: Tensor) -> SumLinear:
     return SumLinear.of([base, rest])
 
 
+def to_a_sum_of_codes(weight: Tensor) -> SumLinear:
+    base = to_codes(weight)
+    return SumLinear.of([base, to_codes_of_factors(weight - base.to_dense().to(weight.dtype))])
+
+
 LEARNING = replace(ASKED, epochs=8, rate=1e-3, code_rate=0.02)
-QUANTIZED = {"codes": to_codes, "factors": to_codes_of_factors, "sum": to_a_sum}
+QUANTIZED = {"codes": to_codes, "factors": to_codes_of_factors, "sum": to_a_sum, "codes in a sum": to_a_sum_of_codes}
 every_quantized = pytest.mark.parametrize("cut", QUANTIZED.values(), ids=QUANTIZED)
 
 

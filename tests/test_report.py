@@ -15,7 +15,7 @@ from tersely.report.comparison import comparison_page
 from tersely.report.contents import sections
 from tersely.report.naming import short_text, way
 from tersely.report.page import packed_plotly, page, run_page, whole_page
-from tersely.report.plots import amounts, arenas, errors, front, labels, pareto, placed, spectra
+from tersely.report.plots import Plot, amounts, arenas, errors, front, labels, pareto, placed, spectra
 from tersely.report.reading import Benched, Given, Run, read_given, run_of
 from tersely.report.rows import CURVE_POINTS, Report, Row, SiteRow, thinned
 from tersely.report.tables import Column, table
@@ -83,6 +83,7 @@ def report(layers: int = 3, name: str = "base/model", **changed: Any) -> Report:
         },
         "seconds": {"curves": 1.5, "replay": 2.0, "factorise": 0.25, "everything": 4.0},
         "peak_bytes": 724_557_824,
+        "peak_bytes_by_stage": {"curves": 450_000_000, "replay": 724_557_824, "factorise": 500_000_000},
     }  # fmt: skip
     return Report(**(plain | changed))
 
@@ -196,8 +197,9 @@ def test_degraded_sites_and_the_protocol_stand_before_every_section():
 
 def test_what_was_not_measured_is_absent():
     bare = report(
-        evaluation=None, calibration=None, seconds={}, peak_bytes=None, degraded={}, warnings=[], sites=[], kept=[]
-    )
+        evaluation=None, calibration=None, seconds={}, peak_bytes=None, peak_bytes_by_stage={}, degraded={},
+        warnings=[], sites=[], kept=[],
+    )  # fmt: skip
     keys = {one.key for one in sections(run_of(asdict(bare)))}
     assert keys == {"size", "opens", "origin"}
     html = page(bare)
@@ -221,6 +223,40 @@ def test_a_hostile_name_is_text_everywhere():
     for html in (page(hostile), run_page(run_of(asdict(hostile))), comparison_page(HOSTILE, rows)):
         assert HOSTILE not in html and "<script>alert" not in html
         assert "&lt;script&gt;alert(1)" in html
+
+
+def test_time_and_memory_are_told_stage_by_stage():
+    one = run()
+    (section,) = [section for section in sections(one) if section.key == "time"]
+    (told,) = section.tables
+    assert [column.name for column in told.columns] == [
+        "stage", "seconds", "of all", "peak: resident memory of the process",
+    ]  # fmt: skip
+    rows = {row[0].text: row[1:] for row in told.rows}
+    assert list(rows) == ["curves", "replay", "factorise", "everything"]
+    assert [cell.text for cell in rows["replay"]] == ["2.00", "50 %", "724.56 MB"]
+    assert [cell.value for cell in rows["everything"]] == [4.0, None, 724_557_824]
+    seconds, bytes_ = section.plots
+    assert (seconds.name, bytes_.name, bytes_.kind) == ("stages", "memory", "bars")
+    (view,) = bytes_.views
+    assert (view["names"], view["bytes"]) == (
+        ["replay", "curves", "factorise"],
+        [724_557_824, 450_000_000, 500_000_000],
+    )
+    assert "the most is 724.56 MB, in replay" in view["alt"]
+    assert section.lead == "" and "stopped and gone on with" in page(report(resumed=True))
+    # an older report, or a system that does not tell
+    (section,) = [
+        section for section in sections(run(peak_bytes_by_stage={}, peak_bytes=None)) if section.key == "time"
+    ]
+    assert [plot.name for plot in section.plots] == ["stages"]
+    assert [column.name for column in section.tables[0].columns] == ["stage", "seconds", "of all"]
+    on_gpu = run(recipe={"model": "m", "device": "cuda:1", "step": []})
+    assert "Tensors on the GPU" in next(plot for plot in there_of(on_gpu) if plot.name == "memory").note
+
+
+def there_of(one: Run) -> list[Plot]:
+    return [plot for section in sections(one) for plot in section.plots]
 
 
 def test_a_whole_page_is_below_six_megabytes():

@@ -45,6 +45,8 @@ NOT_CARRIED = (
 )  # fmt: skip
 # Buffers that old checkpoints hold and models compute.
 COMPUTED = (r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attention\.(masked_)?bias$", r"position_ids$")
+LICENCE_FIELDS = ("license", "license_name", "license_link")
+"""Of a card's front matter; the latter two say more of the licence ``other``."""
 LARGEST_CARRIED = 100 * 10**6
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -122,15 +124,17 @@ class Source:
         """Bytes of all tensors as the model holds them."""
         return sum(self.stored_bytes(name) for name in self.stored)
 
-    def licence(self) -> str | None:
-        """What the model's own card says of its licence, as the hub writes it."""
+    def licence(self) -> dict[str, str]:
+        """What the model's own card says of its licence, in the hub's words: for ``other`` also its name and where it
+        stands."""
         card = self.carried_from / "README.md"
         if not card.is_file():
-            return None
+            return {}
         try:
-            return ModelCard.load(card).data.license
+            said = ModelCard.load(card).data
         except ValueError:  # a card without readable front matter
-            return None
+            return {}
+        return {key: value for key in LICENCE_FIELDS if isinstance(value := said.get(key), str)}
 
     def warnings(self) -> Iterator[str]:
         """What a user should know before compressing it."""

@@ -106,10 +106,12 @@ def gather(
     _require_causal(model, windows[:1].to(device))
     stats = {site.name: Stats({kind: kind(_width(kind, site), device) for kind in kinds}) for site in sites}
     batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
+    if progress is not None:
+        progress("gradients of batches", 0, len(batches))
     for number, rows in enumerate(batches):
         _add(model, anatomy, stats, rows.to(device), number)
         if progress is not None:
-            progress("gradients", number + 1, len(batches))
+            progress("gradients of batches", number + 1, len(batches))
     return stats
 
 

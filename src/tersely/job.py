@@ -1,4 +1,4 @@
-"""What the sweeps work on, and the statistics that they ask for."""
+"""What the sweeps work on, the statistics that they ask for, and whom they tell what they do."""
 
 import time
 from collections import defaultdict
@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from tersely.allocate import Allocator
@@ -15,11 +17,39 @@ from tersely.calibrate import Blocks, Replay, StatisticsStore, watch_list
 from tersely.checkpoint import Source
 from tersely.gradients import GradientStatistics
 from tersely.journal import Journal
+from tersely.memory import peak_of_stage
 from tersely.stats import Gram, Statistic, Stats, keyed_by
 from tersely.targets import Target
 
 Progress = Callable[[str, int, int], None]
 """What is being done, how many units are done, of how many."""
+
+
+@runtime_checkable
+class SeesSites(Protocol):
+    """What a progress may be besides: told of every site that was looked at or compressed, inside of a unit."""
+
+    def site(self, name: str, error: float | None) -> None:
+        """`error`: share of its output energy that was lost; None where not known."""
+
+
+def tell_site(progress: Progress, name: str, error: float | None = None) -> None:
+    if isinstance(progress, SeesSites):
+        progress.site(name, error)
+
+
+@dataclass(frozen=True)
+class PartProgress:
+    """The progress of one part of a greater work, which names it."""
+
+    progress: Progress
+    part: str
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self.progress(f"{self.part}, {what}", done, total)
+
+    def site(self, name: str, error: float | None) -> None:
+        tell_site(self.progress, name, error)
 
 
 @dataclass(frozen=True)
@@ -139,18 +169,29 @@ def gradients_of(job: Job, index: int, clock: "Clock") -> dict[str, Stats]:
 
 
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage, and the most memory that was held in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = torch.device(device)
         self.seconds: dict[str, float] = defaultdict(float)
+        self.peaks: dict[str, int] = {}
+        """Stage → bytes, as `peak_of_stage` measures them; empty where the system does not tell."""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - begun
+        with peak_of_stage(self._device) as peak:
+            try:
+                yield
+            finally:
+                self.seconds[stage] += time.perf_counter() - begun
+        if peak.highest is not None:
+            self.peaks[stage] = max(self.peaks.get(stage, 0), peak.highest)
+
+
+def most(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    """Peaks by stage of two works together."""
+    return {stage: max(first.get(stage, 0), second.get(stage, 0)) for stage in dict.fromkeys([*first, *second])}
 
 
 def as_weight(stored: Tensor, site: Site) -> Tensor:

@@ -19,10 +19,10 @@ from tersely.deltas.folder import open_delta, write_delta
 from tersely.errors import RecipeError, TerselyError
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation import protocol_named
-from tersely.evaluation.memory import peak_memory
-from tersely.job import Progress
+from tersely.job import Clock, PartProgress, Progress, most
 from tersely.journal import Journal, commit_text
 from tersely.kinds import LinearKind
+from tersely.memory import peak_memory
 from tersely.prepare import Prepared, check_device, prepare
 from tersely.recipe import Calibration, MethodStep, Step, parse_size, plain_step, read_recipe, recipe_from, verb_of
 from tersely.report.card import model_card
@@ -220,13 +220,15 @@ def _full_precision() -> Iterator[None]:
 def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Result:
     begun = time.perf_counter()
     recipe, journal, out = prepared.recipe, prepared.journal, prepared.out
-    journal.begin()
+    clock = Clock(recipe.device)
+    resumed = journal.begin()
     source = prepared.source
     results: list[Done] = []
     effects: list[dict[str, Any]] = []
     for number, step in enumerate(recipe.step):
         target = out if number + 1 == len(recipe.step) else journal.folder / f"step-{number}"
-        done = run_step(step, _scene(prepared, number, source, statistics, progress))
+        told = progress if len(recipe.step) == 1 else PartProgress(progress, f"step {number + 1} of {len(recipe.step)}")
+        done = run_step(step, _scene(prepared, number, source, statistics, told))
         results.append(done)
         if not (target / "config.json").exists():  # written last: with it the step is done
             _write(target, source, step, done, parse_size(recipe.shard_size))
@@ -234,9 +236,12 @@ def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Res
             source = open_source(target, trust_remote_code=recipe.trust_remote_code)
         else:
             source = open_delta(target)
-        effects.append(_effect(prepared, number, done, source, progress))
+        effects.append(_effect(prepared, number, done, source, told, clock))
     report = _report(prepared, results, effects, source)
     report.evaluation = effects[-1].get("evaluation")
+    report.resumed = resumed
+    report.seconds |= clock.seconds
+    report.peak_bytes_by_stage = most(report.peak_bytes_by_stage, clock.peaks)
     report.seconds["everything"] = time.perf_counter() - begun
     report.peak_bytes = peak_memory(torch.device(recipe.device))
     _write_artefacts(prepared, report, results)
@@ -254,27 +259,31 @@ def _write(folder: Path, source: Source, step: Step, done: Done, shard_bytes: in
     write_delta(folder, source, done.base, updates, base_name=hub, shard_bytes=shard_bytes)
 
 
-def _effect(prepared: Prepared, number: int, done: Done, source: Source, progress: Progress) -> dict[str, Any]:
+def _effect(
+    prepared: Prepared, number: int, done: Done, source: Source, progress: Progress, clock: Clock
+) -> dict[str, Any]:
     """What one step did to the bytes and, if texts are named, to the quality."""
     recipe = prepared.recipe
     step = recipe.step[number]
     effect: dict[str, Any] = {"step": number, "verb": verb_of(step), "name": step.name}
-    effect |= {"bytes": weight_file_bytes(source.folder), "seconds": done.seconds, **done.figures}
+    effect |= {"bytes": weight_file_bytes(source.folder), "seconds": done.seconds}
+    effect |= {"peak_bytes_by_stage": done.peaks, **done.figures}
     if not recipe.evaluation.text:
         return effect
     journal = Journal(prepared.journal.folder / f"work-{number}", recipe.fingerprint())
     asked = f"evaluation-{hashlib.sha256(repr(recipe.evaluation).encode()).hexdigest()[:16]}.json"
     if not journal.has(asked):
-        figures = evaluate(
-            source.folder,
-            recipe.evaluation.text,
-            against=prepared.source.folder,
-            length=recipe.evaluation.length,
-            windows=recipe.evaluation.windows,
-            device=recipe.device,
-            trust_remote_code=recipe.trust_remote_code,
-            progress=progress,
-        )
+        with clock("evaluate"):
+            figures = evaluate(
+                source.folder,
+                recipe.evaluation.text,
+                against=prepared.source.folder,
+                length=recipe.evaluation.length,
+                windows=recipe.evaluation.windows,
+                device=recipe.device,
+                trust_remote_code=recipe.trust_remote_code,
+                progress=progress,
+            )
         journal.write_json(asked, figures)
     return effect | {"evaluation": journal.read_json(asked)}
 
@@ -328,7 +337,9 @@ def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str,
         targets, {name: "degraded, left dense" if name in degraded else "left dense by the plan" for name in dense}
     )
     seconds: dict[str, float] = {}
+    peaks: dict[str, int] = {}
     for done in results:
+        peaks = most(peaks, done.peaks)
         for stage, spent in done.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     return Report(
@@ -345,6 +356,7 @@ def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str,
         warnings=list(prepared.warnings),
         calibration=None if prepared.windows is None else prepared.windows.describe(),
         seconds=seconds,
+        peak_bytes_by_stage=peaks,
     )
 
 
@@ -395,5 +407,6 @@ def _write_artefacts(prepared: Prepared, report: Report, results: Sequence[Done]
     commit_text(out / "plan.json", json.dumps({"steps": plans}, indent=1) + "\n")
     commit_text(out / "report.json", report.to_json())
     commit_text(out / "report.html", page(report))
-    commit_text(out / "README.md", model_card(report, prepared.source.licence()))
+    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    commit_text(out / "README.md", model_card(report, prepared.source.licence(), settings))
     commit_text(out / CHECKSUMS, json.dumps(checksums(out), indent=1) + "\n")

@@ -16,7 +16,7 @@ section 3.3 (arXiv 2312.05821), for the perplexity as a target.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from tersely import gating
 from tersely.allocate import Choice, Curve, Learned, Measured, Measures, Plan, curve_of
 from tersely.calibrate import Blocks
 from tersely.errors import NumericalError, RecipeError
-from tersely.job import Clock, Job, as_weight, dense_statistics
+from tersely.job import Clock, Job, as_weight, dense_statistics, tell_site
 from tersely.kinds import Kind
 from tersely.option import Option
 from tersely.sensitivity import Laboratory
@@ -45,6 +45,8 @@ class Sought:
     dense_perplexity: float
     windows: int
     seconds: dict[str, float]
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Stage → the most bytes that were held in it."""
 
 
 def size_curves(targets: Sequence[Target], itemsize: int) -> list[Curve]:
@@ -100,7 +102,7 @@ def seek_plan(job: Job, ceiling: float) -> Sought:
     """
     if job.journal.has("sought.json"):  # written after the plan
         return Sought(**job.journal.read_json("sought.json"))
-    clock, blocks = Clock(), Blocks(job.source, job.anatomy, job.device)
+    clock, blocks = Clock(job.device), Blocks(job.source, job.anatomy, job.device)
     laboratory = _laboratory(job) or _open_laboratory(job, "loss")
     dense = sum(target.dense_bytes(job.source.dtype.itemsize) for target in job.targets)
     with clock("measure"):
@@ -128,8 +130,9 @@ def seek_plan(job: Job, ceiling: float) -> Sought:
         else:
             failing = part
         job.progress("looking for a perplexity", GRID - (holding - failing) + 1, GRID)
+    job.progress("looking for a perplexity", GRID, GRID)
     job.journal.write_json("plan.json", plan.to_json())
-    sought = Sought(found, of_dense, laboratory.windows, dict(clock.seconds))
+    sought = Sought(found, of_dense, laboratory.windows, dict(clock.seconds), clock.peaks)
     job.journal.write_json("sought.json", asdict(sought))
     return sought
 
@@ -165,6 +168,7 @@ def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | No
     harm: dict[str, dict[int, float]] = {}
     if job.allocator.needs_errors:
         curves = []
+        job.progress("measuring blocks", 0, len(job.anatomy.blocks))
         for index, stats in dense_statistics(job, blocks, job.method_needs, clock):
             unit = f"curves/{index:04}.json"
             if not job.journal.has(unit):
@@ -181,7 +185,7 @@ def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | No
                         options, curve, measured = job.journal.read_json(unit), _curve(job, target, measured), {}
                     harm[target.name] = measured
                 curves.append(curve)
-            job.progress("measuring", index + 1, len(job.anatomy.blocks))
+            job.progress("measuring blocks", index + 1, len(job.anatomy.blocks))
     else:
         curves = size_curves(job.targets, itemsize)
     learned = {}
@@ -255,4 +259,5 @@ def _curves(job: Job, index: int, stats: Mapping[str, Stats]) -> dict[str, Any]:
             options[target.name] = str(error)
             continue
         options[target.name] = [(o.amount, o.nbytes, o.error, o.drift) for o in offered]
+        tell_site(job.progress, target.name)
     return options

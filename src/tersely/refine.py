@@ -257,10 +257,12 @@ def _quantized(block: nn.Module, dense: nn.Module) -> dict[str, QuantizedLinear]
 def _replaced(name: str, block: nn.Module, dense: nn.Module) -> Float[Tensor, "out in"] | None:
     """The weight that a quantized one stands for: that of the dense block's linear, in a sum what the other terms leave
     of it; None for factors, which the dense block does not have."""
-    whole, inside, _ = name.rpartition(".terms.")
+    whole, inside, term = name.rpartition(".terms.")
     weight = weight_of(dict(dense.named_modules()).get(whole if inside else name))
     if weight is None or not inside:
         return weight
+    if not term.isdigit():  # a factor of a term
+        return None
     own, total = (block.get_submodule(path) for path in (name, whole))
     assert isinstance(own, LinearKind) and isinstance(total, LinearKind)
     return weight.float() - (total.to_dense() - own.to_dense())

@@ -19,6 +19,7 @@ Every finished block is a unit of the journal, so that a stopped run loses one b
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
@@ -30,7 +31,7 @@ from tersely.allocate import Choice, Plan
 from tersely.calibrate import Blocks, Replay, watch_list
 from tersely.checkpoint import State
 from tersely.errors import NumericalError
-from tersely.job import Clock, Job, as_weight, dense_statistics, gradients_of, of_inputs
+from tersely.job import Clock, Job, as_weight, dense_statistics, gradients_of, of_inputs, tell_site
 from tersely.kinds import Kind, Made, link
 from tersely.planning import make_plan
 from tersely.refine import Refined, Refiner, Refining
@@ -38,6 +39,8 @@ from tersely.stats import Cross, Stats
 from tersely.targets import Target
 
 logger = logging.getLogger(__name__)
+
+COMPRESSING = "compressing blocks"
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Outcome:
     degraded: dict[str, str]
     """Target → why it was left dense against the plan; block → why it was not refined."""
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Stage → the most bytes that were held in it."""
     trained: dict[str, Tensor] = field(default_factory=dict)
     """Name of a parameter outside of what was replaced → its numbers after refinement."""
     refined: dict[str, Refined] = field(default_factory=dict)
@@ -66,7 +71,7 @@ def compress(job: Job, refining: Refining | None = None) -> Outcome:
 
     `refining`: how to train the blocks that were cut; with ``propagate = "none"`` there is nothing to train them on.
     """
-    clock = Clock()
+    clock = Clock(job.device)
     blocks = Blocks(job.source, job.anatomy, job.device)
     plan = make_plan(job, blocks, clock)
     outcome = Outcome(plan, {}, [], {}, {})
@@ -77,7 +82,6 @@ def compress(job: Job, refining: Refining | None = None) -> Outcome:
         outcome.done += unit.done
         outcome.errors |= unit.errors
         outcome.degraded |= unit.degraded
-        job.progress("compressing", index + 1, len(job.anatomy.blocks))
         errors = [error for error in unit.errors.values() if error is not None]
         mean = f", {sum(errors) / len(errors):.4f} mean rel. error" if errors else ""
         logger.info("block %d/%d: %d targets cut%s", index + 1, len(job.anatomy.blocks), len(unit.done), mean)
@@ -85,7 +89,7 @@ def compress(job: Job, refining: Refining | None = None) -> Outcome:
         if job.journal.has(f"curves/{index:04}.json"):
             offered = job.journal.read_json(f"curves/{index:04}.json")
             outcome.degraded |= {name: why for name, why in offered.items() if isinstance(why, str)}
-    outcome.seconds = dict(clock.seconds)
+    outcome.seconds, outcome.peaks = dict(clock.seconds), clock.peaks
     return outcome
 
 
@@ -130,7 +134,9 @@ def _compressed_blocks(
             dense_statistics(job, blocks, job.needs, clock) if not all(finished) else ((i, {}) for i in range(count))
         )
         for index, stats in dense:
-            yield index, finished[index] or _cut_at_once(job, blocks.dense(index), index, stats, plan, clock)
+            with _told(job, index, finished[index]):
+                unit = finished[index] or _cut_at_once(job, blocks.dense(index), index, stats, plan, clock)
+            yield index, unit
         return
     with clock("replay"):
         replay = Replay(job.source, job.anatomy, job.windows, job.device)
@@ -138,12 +144,23 @@ def _compressed_blocks(
         streams = _Streams(replay, replay.fork() if Cross in job.needs else None, refiner)
     earlier: dict[str, Made] = {}  # what owns factors that later blocks share
     for index, done in enumerate(finished):
-        unit = done or _cut_in_stream(job, blocks, index, earlier, streams, plan, clock)
+        with _told(job, index, done):
+            unit = done or _cut_in_stream(job, blocks, index, earlier, streams, plan, clock)
         yield index, unit
         if index + 1 < count:
             with clock("replay"):
                 streams.advance(_as_cut(job, blocks, index, earlier, unit), blocks.dense(index))
             earlier |= unit.replaced
+
+
+@contextmanager
+def _told(job: Job, index: int, finished: _Unit | None) -> Iterator[None]:
+    """Tell when a block is begun and when it is done; of what a former run finished nothing is to be told."""
+    if finished is None:
+        job.progress(COMPRESSING, index, len(job.anatomy.blocks))
+    yield
+    if finished is None:
+        job.progress(COMPRESSING, index + 1, len(job.anatomy.blocks))
 
 
 def _as_cut(job: Job, blocks: Blocks, index: int, earlier: Mapping[str, Made], unit: _Unit) -> nn.Module:
@@ -257,6 +274,7 @@ def _cut(job: Job, block: nn.Module, target: Target, stats: Mapping[str, Stats],
         return
     unit.errors[target.name] = target.error(weights, made, stats)
     unit.done.append(target.name)
+    tell_site(job.progress, target.name, unit.errors[target.name])
     for name, kind in made.items():
         unit.replaced[name] = Made.of(kind)
         if name.startswith(prefix):

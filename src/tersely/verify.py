@@ -19,6 +19,8 @@ from tersely.kinds import manifest_of
 CHECKSUMS = "checksums.json"
 LOADED = (".safetensors", ".bin", ".json", ".py")
 """Files that a reader may take for a part of the model."""
+AMENDED = "report.json"
+"""Is none, and is off the list while figures are added to it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def _checksums(folder: Path) -> str:
     if changed:
         raise CheckpointError(f"changed since they were written: {', '.join(changed)}")
     added = [path.name for path in folder.iterdir() if path.suffix in LOADED and path.name not in listed]
-    added = [name for name in added if not _unlisted(name)]
+    added = [name for name in added if name != AMENDED and not _unlisted(name)]
     if added:
         raise CheckpointError(f"not written by the run that made this folder: {', '.join(sorted(added))}")
     return f"{len(listed)} files are as they were written"

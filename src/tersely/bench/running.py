@@ -84,6 +84,7 @@ def run_bench(
         (work / "losses").mkdir(parents=True, exist_ok=True)
     yardstick = _Yardstick(bench)
     jobs = list(_jobs(bench))
+    progress("rows", 0, len(jobs))
     for number, (entry, size) in enumerate(jobs):
         if not any(_is_row_of(row, entry, size) for row in rows):
             out = work / entry.folder(size)

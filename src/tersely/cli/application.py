@@ -1,9 +1,15 @@
 """What all commands stand on: the application, its exit statuses, lines for people."""
 
 import os
+import shlex
+import shutil
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -19,7 +25,10 @@ POSITIONALS = {
     "bench": 2, "compress": 2, "convert": 2, "diagnose": 1, "eval": 1, "export": 2, "plan": 1, "train": 2,
 }  # fmt: skip
 
-ALONE = {"--debug", "--drift", "--dry-run", "--fresh", "--speed", "--trust-remote-code"}
+RESUMABLE = {"bench", "compress", "convert", "demo", "push", "train"}
+"""Commands that find what they had finished when they are given again; the others begin anew."""
+
+ALONE = {"--card", "--debug", "--drift", "--dry-run", "--fresh", "--speed", "--trust-remote-code"}
 """Options that take no value."""
 
 SILENTLY_INTERRUPTED = 130
@@ -35,6 +44,11 @@ app = typer.Typer(
 # without a terminal there is no edge to keep to: what is piped into a file must not lose the ends of its cells
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 debugging = False
+typed: list[str] = []
+"""The arguments as they came."""
+signalled = False
+"""Whether the process was told to end.  An exception that is raised in the middle of a library's C code may come out of
+it as another one, or not at all."""
 
 
 class Interrupted(TerselyError):
@@ -43,23 +57,76 @@ class Interrupted(TerselyError):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: 0 done, 2 wrong input with nothing written, 1 failed midway.  No traceback without --debug."""
-    given = spread(list(sys.argv[1:] if arguments is None else arguments))
+    global typed, signalled
+    typed, signalled = list(sys.argv[1:] if arguments is None else arguments), False
     try:
-        status = typer.main.get_command(app).main(given, "tersely", standalone_mode=False)
+        with _heeding_signals():
+            status = typer.main.get_command(app).main(spread(typed), "tersely", standalone_mode=False)
         if status == SILENTLY_INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(status or 0)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; give the same command again", 1)
     except (Interrupted, NumericalError) as error:
         _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(_interrupted(), 1)
     except TerselyError as error:
         _fail(str(error), 2)
     except Exception as error:
+        if signalled:
+            _fail(_interrupted(), 1)
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong flag or value, in typer's own words
             error.show()
             sys.exit(error.exit_code)
         _fail(f"{type(error).__name__}: {error} (unexpected; run `tersely --debug …` for the traceback)", 1)
+
+
+def _interrupted() -> str:
+    """What to say where no work had begun, or none that is kept."""
+    verb = next((argument for argument in typed if not argument.startswith("-")), "")
+    return f"interrupted; {'go on with' if verb in RESUMABLE else 'begin anew with'}: {_retyped(typed)}"
+
+
+def _goes_on() -> str:
+    """The command line that goes on with work that has begun: without ``--fresh``, which would throw away all of it."""
+    return f"what is finished is kept, go on with: {_retyped([one for one in typed if one != '--fresh'])}"
+
+
+def _retyped(arguments: Sequence[str]) -> str:
+    """A command line, quoted for a shell, that calls what was called."""
+    program, found = Path(sys.argv[0]), shutil.which("tersely")
+    name = ["tersely"]
+    if program.name == "__main__.py" and program.parent.name == "tersely":
+        name = [sys.executable, "-m", "tersely"]
+    elif program.stem == "tersely" and (found is None or Path(found).resolve() != program.resolve()):
+        name = [str(program)]  # another one than the shell would find
+    return shlex.join([*name, *arguments])
+
+
+@contextmanager
+def _heeding_signals() -> Iterator[None]:
+    """A polite request to end is an interrupt, too: what is done is kept, and how to go on is said."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        global signalled
+        signalled = True
+        raise KeyboardInterrupt
+
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # whoever has asked for them already, or wants to be left alone, is to have it so; they are the main thread's
+    untouched = (signal.default_int_handler, signal.SIG_DFL)
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = [number for number, handler in usual.items() if is_main and handler in untouched]
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, usual[number])
+
+
+def is_to_end() -> bool:
+    return signalled
 
 
 def spread(arguments: list[str]) -> list[str]:
@@ -103,17 +170,22 @@ def use_threads(count: int | None) -> None:
 
 
 @contextmanager
-def working() -> Iterator[None]:
-    """Work has begun: what goes wrong from here on leaves a run that can be resumed."""
+def working(reached: Callable[[], str] | None = None) -> Iterator[None]:
+    """Work has begun: what goes wrong from here on leaves a run that can be resumed.
+
+    `reached` says how far it has come.
+    """
     try:
         yield
-    except KeyboardInterrupt as error:  # the library would end with 130 and no word
-        raise Interrupted("interrupted; give the same command again to go on") from error
-    except (AnatomyError, NumericalError, RecipeError) as error:  # nothing about these is a matter of luck
-        raise Interrupted(f"{error}; the same command would end here again, so change it") from error
-    except Exception as error:
+    except (KeyboardInterrupt, Exception) as error:
+        if signalled or isinstance(error, KeyboardInterrupt):  # the library would end with 130 and no word
+            how_far = reached() if reached is not None else ""
+            where = f" at {how_far}" if how_far else ""
+            raise Interrupted(f"interrupted{where}; {_goes_on()}") from error
+        if isinstance(error, AnatomyError | NumericalError | RecipeError):  # nothing about these is a matter of luck
+            raise Interrupted(f"{error}; the same command would end here again, so change it") from error
         what = str(error) if isinstance(error, TerselyError) else f"{type(error).__name__}: {error}"
-        raise Interrupted(f"{what}; what is done so far is kept, give the same command again to go on") from error
+        raise Interrupted(f"{what}; {_goes_on()}") from error
 
 
 def say(line: str) -> None:

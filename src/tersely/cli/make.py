@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tersely.cli.application import MAKE, app, console, say, use_threads, working
+from tersely.cli.application import MAKE, app, console, is_to_end, say, use_threads, working
 from tersely.cli.asking import Asked
 from tersely.cli.flags import (
     Bits,
@@ -48,7 +48,7 @@ def demo(
 
     use_threads(threads)
     check_place(out)
-    with working(), Reporter() as progress:
+    with Reporter(is_to_end=is_to_end) as progress, working(progress.reached):
         table, page = run_demo(out, progress)
     console.print(table)
     console.print(f"report: {page}")
@@ -183,7 +183,7 @@ def _make(
         if not was_there:
             shutil.rmtree(out, ignore_errors=True)  # a checkpoint with foreign names was renamed there
         return
-    with working(), Reporter() as progress:
+    with Reporter(is_to_end=is_to_end) as progress, working(progress.reached):
         result = run(ready, statistics=statistics, progress=progress)
     console.print(outcome_table(result.report))
     console.print(f"written: {result.out}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tersely.cli.application import PROVE, app, console, say, spread, use_threads, working
+from tersely.cli.application import PROVE, app, console, is_to_end, say, spread, use_threads, working
 from tersely.cli.flags import (
     Calibrate,
     Device,
@@ -56,6 +56,10 @@ def eval_(
     prompt: Annotated[list[str] | None, typer.Option(help="Continue this, with both models.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second, too.")] = False,
     json_file: Json = None,
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Record the figures in the folder, too: its report, its page, its model card."),
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -68,16 +72,19 @@ def eval_(
     from tersely.journal import commit_text
     from tersely.pipeline import evaluate, recorded_base
     from tersely.progress import Reporter
+    from tersely.record import RECORDED, check_recordable, record
     from tersely.report.console import evaluation_table, plain_table
 
     use_threads(threads)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise RecipeError(f"--json {json_file}: no such folder; make it first")
+    if card:
+        check_recordable(Path(model))
     if against is None and (against := recorded_base(model)) is not None:
         say(f"beside the dense model it was made from: {against}")
     # names may be given as one list with commas, as lm-eval takes them
     asked = [one for task in tasks or [] for one in ([task] if is_task_file(task) else task.split(","))]
-    with Reporter() as progress:
+    with Reporter(is_to_end=is_to_end) as progress:
         figures = evaluate(
             model if revision is None else locate(model, revision),
             text or ([] if speed or asked or prompt else ["stdlib"]),
@@ -98,9 +105,13 @@ def eval_(
         )
     if json_file is not None:
         commit_text(json_file, json.dumps(figures, indent=1) + "\n")
+    if card:
+        record(Path(model), figures)
     console.print(evaluation_table(figures))
     for table in _details(figures):
         console.print(plain_table(*table))
+    if card:
+        console.print(f"recorded in {model}: {', '.join(RECORDED)}", markup=False)
 
 
 def _details(figures: dict[str, Any]) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
@@ -175,7 +186,7 @@ def bench(
     """Systems side by side on one model, as JSON and a table beside it; one that was stopped goes on."""
     from tersely.bench import (
         BENCHES,
-        CHOSEN,
+        LEARNED,
         NO_RESULT,
         Bench,
         Entry,
@@ -200,10 +211,11 @@ def bench(
     entries: tuple[Entry | Peer, ...] = (*BENCHES[family], *theirs)
     if not entries:
         raise RecipeError("bench peers: none given; say where their scripts are with --peers bench/peers")
-    job = Bench(model, entries, keeps, texts, calibration, length, windows, seed or 0, device or "cpu", CHOSEN)
+    chosen = {width: entry.way for width, entry in LEARNED.items()}
+    job = Bench(model, entries, keeps, texts, calibration, length, windows, seed or 0, device or "cpu", chosen)
     command = shlex.join(["tersely", *spread(sys.argv[1:])])
     check_bench(job, file, command)
-    with working(), Reporter() as progress:
+    with Reporter(is_to_end=is_to_end) as progress, working(progress.reached):
         rows = run_bench(job, file, command, progress)
     beside = json.loads(file.read_text(encoding="utf-8")).get("beside_peers", ())
     commit_text(file.with_suffix(".md"), markdown(rows, command, beside))

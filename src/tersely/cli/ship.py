@@ -1,13 +1,18 @@
-"""Commands that ship: generate, report, export."""
+"""Commands that ship: generate, report, export, push."""
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tersely.cli.application import SHIP, app, console, use_threads
+from tersely.cli.application import SHIP, app, console, use_threads, working
 from tersely.cli.flags import Device, Dtype, Model, Revision, Seed, Threads, Trust
+from tersely.errors import RecipeError
+
+if TYPE_CHECKING:
+    from tersely.push import Parcel
 
 
 @app.command(rich_help_panel=SHIP)
@@ -71,3 +76,58 @@ def export(
 
     run(out, destination, to)
     console.print(f"written: {destination}")
+
+
+@app.command(rich_help_panel=SHIP)
+def push(
+    out: Annotated[Path, typer.Argument(help="A folder that tersely wrote.")],
+    repo: Annotated[str, typer.Argument(help="The repository, made if it does not exist.", metavar="OWNER/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is a private one.")] = False,
+    branch: Annotated[str | None, typer.Option(help="Another branch than main, made if it does not exist.")] = None,
+    message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    with_paths: Annotated[
+        bool, typer.Option("--with-paths", help="Publish the names of folders of this machine that the files hold.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, send nothing.")] = False,
+) -> None:
+    """A verified folder to the hub, with the login of huggingface_hub; --dry-run shows what would go."""
+    for flag, text in (("--branch", branch), ("--message", message)):
+        if text is not None and not text.strip():
+            raise RecipeError(f"{flag} is empty; give a name, or leave it away for the usual one")
+    if sys.stderr.isatty():  # the rest of tersely says itself how far it is
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
+    from tersely.push import address, pack, send
+
+    parcel = pack(out, repo, lambda check: _tell(f"ok     {check.name}: {check.detail}"))
+    _tell_of(parcel, branch, private=private)
+    if dry_run:
+        _tell("nothing was sent")
+        return
+    if parcel.absolute and not with_paths:
+        raise RecipeError(
+            f"the files name {len(parcel.absolute)} places of this machine, such as {next(iter(parcel.absolute))}; "
+            "give --with-paths to publish that, or compress again from a hub name or by relative paths"
+        )
+    address(parcel, private=private, branch=branch)
+    with working():
+        commit = send(parcel, message=message or f"{out.resolve().name}, compressed with tersely", branch=branch)
+    _tell(f"published: {parcel.url} ({commit})")
+
+
+def _tell_of(parcel: "Parcel", branch: str | None, *, private: bool) -> None:
+    """Everything that would go, and what it would say of this machine."""
+    seen_by = "private" if private else "public unless it exists and is private, or its owner's are"
+    _tell(f"to {parcel.url}, branch {branch or 'main'}, {seen_by}; files of the same names there are replaced")
+    for name, size in parcel.files:
+        _tell(f"{size:>17,} B  {name}")
+    _tell(f"{parcel.nbytes:>17,} B  in {len(parcel.files)} files")
+    _tell(f"dense model: {parcel.base}")
+    for name, why in parcel.left_out:
+        _tell(f"stays here: {name} ({why})")
+    for what, found in (("a place of this machine", parcel.absolute), ("a path", parcel.relative)):
+        for path, files in found.items():
+            _tell(f"names {what}: {path} (in {', '.join(files)})")
+
+
+def _tell(line: str) -> None:
+    console.print(line, markup=False)

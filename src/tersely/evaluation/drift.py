@@ -66,6 +66,8 @@ def measure_drift(
                 progress(f"drift on {fed.text.source}", min(seen, TOKENS), TOKENS)
             if seen >= TOKENS:
                 break
+    if progress is not None and seen < TOKENS:
+        progress(f"drift on {fed.text.source}", seen, seen)  # all there is
     if not sums[:, 1].all():
         raise NumericalError(f"block {int((sums[:, 1] == 0).nonzero()[0])}: the dense model's stream is zero")
     errors, cosines = (sums[:, 0] / sums[:, 1]).sqrt(), sums[:, 2] / seen

@@ -61,6 +61,8 @@ def measure_named_tasks(
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise RecipeError(f"lm-eval cannot measure {', '.join(names)}: {reason}") from error
+    if progress is not None:
+        progress(f"lm-eval on {', '.join(names)}", 1, 1)
     return rows_of(found)
 
 

@@ -193,7 +193,14 @@ def _empty(given: Given) -> Table | None:
 
 
 def _inner(run: Run, number: int) -> Inner:
-    drawn = there(plots.amounts(run), plots.errors(run), plots.spectra(run), plots.drift(run), plots.stages(run))
+    drawn = there(
+        plots.amounts(run),
+        plots.errors(run),
+        plots.spectra(run),
+        plots.drift(run),
+        plots.stages(run),
+        plots.memory(run),
+    )
     drawn = [replace(plot, name=f"run{number}-{plot.name}") for plot in drawn]
     tables = there(contents.texts(run), contents.tasks(run), contents.speed(run), contents.sizes(run))
     tables += there(contents.untouched(run), contents.opens(run))

@@ -58,6 +58,12 @@ def there(*found: Any) -> list[Any]:
     return [one for one in found if one is not None]
 
 
+RESUMED = (
+    "This run was stopped and gone on with: time and memory are those of its last start, and of training that an "
+    "earlier one finished."
+)
+
+
 def sections(run: Run) -> list[Section]:
     """Of a page about one run, in reading order, without those that are empty."""
     wide = max((len(view["x"]) for plot in there(plots.amounts(run)) for view in plot.views), default=0) > 12
@@ -81,7 +87,13 @@ def sections(run: Run) -> list[Section]:
             "asked of it.",
         ),
         Section("calibration", "Calibration", facts=_calibration(run), tables=there(coverage(run))),
-        Section("time", "Time and memory", plots=there(plots.stages(run)), tables=there(time(run))),
+        Section(
+            "time",
+            "Time and memory",
+            plots=there(plots.stages(run), plots.memory(run)),
+            tables=there(time(run)),
+            lead=RESUMED if run.report.get("resumed") else "",
+        ),
         Section("samples", "Samples", samples=list(_samples(run))),
         Section("sites", "Every site", tables=there(sites(run))),
         Section("opens", "Opens in", tables=there(opens(run))),
@@ -355,11 +367,23 @@ def coverage(run: Run) -> Table | None:
 
 
 def time(run: Run) -> Table | None:
-    seconds = run.report.get("seconds") or {}
-    lines: list[list[Any]] = [[name, f"{value:.2f} s"] for name, value in seconds.items()]
-    if run.report.get("peak_bytes"):
-        lines.append(["peak memory of the process", format_value(run.report["peak_bytes"], "bytes")])
-    return table("Time and memory", [Column("stage"), Column("spent", "number")], lines)
+    """Stage by stage, and everything: in the time of it, and in the memory, things may have run between stages."""
+    seconds, peaks = (run.report.get(key) or {} for key in ("seconds", "peak_bytes_by_stage"))
+    whole, held = seconds.get("everything"), run.report.get("peak_bytes")
+    columns = [
+        Column("stage"),
+        Column("seconds", "number", ".2f"),
+        Column("of all", "number", ".0%"),
+        Column(f"peak: {plots.held_by(run)}", "number", "bytes"),
+    ]
+    stages = [stage for stage in dict.fromkeys([*seconds, *peaks]) if stage != "everything"]
+    lines: list[list[Any]] = [
+        [stage, seconds.get(stage), seconds.get(stage, 0.0) / whole if whole else None, peaks.get(stage)]
+        for stage in stages
+    ]
+    if whole is not None or held is not None:
+        lines.append(["everything", whole, None, held])
+    return table("Time and memory", columns, lines)
 
 
 def _samples(run: Run) -> Iterator[Sample]:

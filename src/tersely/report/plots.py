@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 from tersely.report.naming import short_text, way
 from tersely.report.reading import Given, Json, Run, protocol_of
+from tersely.report.rows import format_value
 from tersely.report.tables import is_there, number_text
 
 View = dict[str, Any]
@@ -398,4 +399,29 @@ def stages(run: Run) -> Plot | None:
     alt = f"{len(ranked)} stages; the longest is {first} with {spent:.3g} s of {sum(ranked.values()):.3g} s."
     view = {"choice": [], "alt": alt, "names": list(ranked), "seconds": [_rounded(v) for v in ranked.values()]}
     note = "The rest: opening, evaluating, writing." if "the rest" in ranked else ""
+    if "evaluate" in ranked:
+        note = note.replace(" evaluating,", "")
     return Plot("stages", "bars", "Where the time went", [view], note)
+
+
+def memory(run: Run) -> Plot | None:
+    """The most that was held in each stage, in the order of `stages`."""
+    peaks = {k: v for k, v in (run.report.get("peak_bytes_by_stage") or {}).items() if _is_number(v) and v > 0}
+    if not peaks:
+        return None
+    seconds = run.report.get("seconds") or {}
+    ranked = sorted(peaks, key=lambda stage: -seconds.get(stage, 0.0))
+    most = max(ranked, key=lambda stage: peaks[stage])
+    whole = run.report.get("peak_bytes")
+    ever = f"; at any moment, {format_value(whole, 'bytes')}" if _is_number(whole) else ""
+    alt = f"Peak memory of {len(ranked)} stages; the most is {format_value(peaks[most], 'bytes')}, in {most}{ever}."
+    held = held_by(run)
+    note = f"{held[0].upper()}{held[1:]}, at the worst moment of each stage."
+    view = {"choice": [], "alt": alt, "names": ranked, "bytes": [peaks[stage] for stage in ranked]}
+    return Plot("memory", "bars", "Peak memory", [view], note)
+
+
+def held_by(run: Run) -> str:
+    """What the peaks of a run are peaks of."""
+    on_gpu = str((run.report.get("recipe") or {}).get("device", "")).startswith("cuda")
+    return "tensors on the GPU" if on_gpu else "resident memory of the process"

@@ -62,6 +62,11 @@ class Report:
     evaluation: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    """Of the whole process, or of the tensors on its CUDA device."""
+    peak_bytes_by_stage: dict[str, int] = field(default_factory=dict)
+    """The same within each stage that `seconds` tells; empty where the system does not tell."""
+    resumed: bool = False
+    """Whether the run was stopped and gone on with: seconds and peaks are those since then, of training aside."""
 
     def to_json(self) -> str:
         text = json.dumps(asdict(self), indent=1)

@@ -14,7 +14,7 @@ from tersely.checkpoint import Edit, Source, State, carried_files, locate
 from tersely.convert import AttentionSettings, attention_settings, norm_tensors
 from tersely.deltas.folder import check_pair, open_any
 from tersely.errors import AnatomyError, RecipeError
-from tersely.job import Job
+from tersely.job import Job, most
 from tersely.methods import METHODS, FormsUnits, RebuildsAttention, UnitMethod
 from tersely.option import Option
 from tersely.planning import Sought, forced, seek_plan, size_curves
@@ -61,6 +61,7 @@ def run(step: MethodStep | CacheStep, scene: Scene) -> Done:
         plan=json.loads(outcome.plan.to_json()),
         degraded=outcome.degraded,
         seconds=_sum(outcome.seconds, sought.seconds if sought else {}),
+        peaks=most(outcome.peaks, sought.peaks if sought else {}),
         sizes=[_per_token(job, outcome)] if isinstance(step, CacheStep) else [_found(sought)] if sought else [],
         figures={"refined": {path: asdict(one) for path, one in outcome.refined.items()}} if outcome.refined else {},
         base=base,

@@ -70,6 +70,7 @@ def _lessons(job: Job, students: Sequence[SiteTarget]) -> list[Any]:
     """Of every linear that has one, on the inputs of the dense model."""
     method: Any = students[0].method  # a step has one
     blocks, lessons = Blocks(job.source, job.anatomy, job.device), []
+    job.progress("learning from blocks", 0, len(job.anatomy.blocks))
     for index, stats in dense_statistics(job, blocks, job.method_needs, Clock()):
         for target in (target for target in students if target.block == index):
             weight = as_weight(job.source.tensor(f"{target.name}.weight"), target.site).to(job.device)
@@ -80,7 +81,7 @@ def _lessons(job: Job, students: Sequence[SiteTarget]) -> list[Any]:
             except (NumericalError, torch.linalg.LinAlgError) as error:
                 if job.on_failure == "raise":
                     raise NumericalError(f"{target.name}: {error}") from error
-        job.progress("learning", index + 1, len(job.anatomy.blocks))
+        job.progress("learning from blocks", index + 1, len(job.anatomy.blocks))
     if not lessons:
         raise NumericalError("no linear could be learned from; calibrate in float32 on more text")
     return lessons

@@ -49,6 +49,8 @@ class Done:
     plan: dict[str, Any] | None = None
     degraded: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    """Stage → the most bytes that were held in it."""
     sizes: list[Row] = field(default_factory=list)
     """Sizes that are not of weights."""
     figures: dict[str, Any] = field(default_factory=dict)

@@ -1,6 +1,5 @@
 """Steps that train: relaxed modules stand in for the targets, the one loop runs, and what they harden into is kept."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -12,6 +11,7 @@ from tersely.anatomy import Place, model_class
 from tersely.calibrate import Blocks, Replay
 from tersely.checkpoint import Edit, Source, State, load_with_report
 from tersely.errors import RecipeError
+from tersely.job import Clock
 from tersely.kinds import Made
 from tersely.recipe import TrainStep
 from tersely.stats import Stats
@@ -29,16 +29,18 @@ UNIT = "trained"
 
 def run(step: TrainStep, scene: Scene) -> Done:
     places = scene.anatomy.select_places(step.target)
-    begun = time.perf_counter()
     if not scene.journal.has(f"{UNIT}.json"):  # written after the tensors
-        made, outcome = _train(step, scene, places)
+        clock = Clock(scene.device)
+        with clock("train"):
+            made, outcome = _train(step, scene, places)
         states = {name: m.state if isinstance(m, Made) else m for name, m in made.items()}
         tensors = {f"{name}.{part}": tensor for name, state in states.items() for part, tensor in state.items()}
         scene.journal.write_tensors(f"{UNIT}.safetensors", tensors)
         plain = {
             "specs": {name: m.specs if isinstance(m, Made) else None for name, m in made.items()},
             "figures": _figures(outcome),
-            "seconds": time.perf_counter() - begun,
+            "seconds": clock.seconds["train"],
+            "peaks": clock.peaks,
         }
         scene.journal.write_json(f"{UNIT}.json", plain)
     plain = scene.journal.read_json(f"{UNIT}.json")
@@ -49,7 +51,8 @@ def run(step: TrainStep, scene: Scene) -> Done:
         plain={name: states[name] for name, specs in plain["specs"].items() if specs is None},
     )
     touched = tuple(place.name for place in places)
-    return Done(edit, touched, seconds={"train": plain["seconds"]}, figures={"training": plain["figures"]})
+    seconds, peaks = {"train": plain["seconds"]}, plain.get("peaks", {})
+    return Done(edit, touched, seconds=seconds, peaks=peaks, figures={"training": plain["figures"]})
 
 
 def settings_of(step: TrainStep) -> Training:
@@ -104,6 +107,7 @@ def _statistics(scene: Scene, places: tuple[Place, ...], relaxation: Relaxation)
     blocks = Blocks(scene.source, scene.anatomy, scene.device)
     replay = Replay(scene.source, scene.anatomy, scene.windows, scene.device)
     found: dict[str, Stats] = {}
+    scene.progress("measuring blocks", 0, len(scene.anatomy.blocks))
     for index, path in enumerate(scene.anatomy.blocks):
         block = blocks.dense(index)
         here = [place for place in places if place.block == index]
@@ -114,7 +118,7 @@ def _statistics(scene: Scene, places: tuple[Place, ...], relaxation: Relaxation)
             watched[place.name] = inside, Stats({kind: kind(width, scene.device) for kind in relaxation.needs})
         replay.observe(block, watched, advance=True)
         found |= {name: stats for name, (_, stats) in watched.items()}
-        scene.progress("measuring", index + 1, len(scene.anatomy.blocks))
+        scene.progress("measuring blocks", index + 1, len(scene.anatomy.blocks))
     return found
 
 

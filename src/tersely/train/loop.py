@@ -170,6 +170,8 @@ class _Run:
             self._measure()
             if callback is not None:
                 callback(0, job.model)
+        if progress is not None:
+            progress("training steps", len(self._losses), job.steps)
         while not self._over():
             self._step()
             done = len(self._losses)
@@ -181,6 +183,8 @@ class _Run:
                 callback(done, job.model)
             if done % job.training.save_every == 0 or self._over():
                 self._save()
+        if progress is not None and len(self._losses) < job.steps:
+            progress("training steps", len(self._losses), len(self._losses))  # nothing was gained by going on
         self._advance(1.0)
         if job.training.patience:
             _put(job.trained.tensors(), self._best)

@@ -197,13 +197,15 @@ const KINDS = {
   },
   bars: {
     draw(plot, view, figure) {
-      const whole = view.seconds.reduce((sum, value) => sum + value, 0);
+      const values = view.seconds ?? view.bytes, whole = values.reduce((sum, value) => sum + value, 0);
+      const time = value => `${value < 0.01 ? "< 0.01" : short(Number(value.toPrecision(3)))} s, ${Math.round(100 * value / whole)} %`;
+      const said = values.map(view.seconds ? time : bytes), [factor, unit] = view.seconds ? [1, "seconds"] : Math.max(...values) >= 1e9 ? [1e9, "GB"] : [1e6, "MB"];
       return [[{
-        type: "bar", orientation: "h", y: view.names.map(plain), x: view.seconds, marker: { color: colour("c0") }, text: view.seconds.map(value => ` ${value < 0.01 ? "< 0.01" : short(Number(value.toPrecision(3)))} s, ${Math.round(100 * value / whole)} %`), textposition: "outside", cliponaxis: false,
-        constraintext: "none", textfont: { color: colour("soft") }, hovertemplate: "%{y}: %{x:.3g} s<extra></extra>",
-      }], layout(34 * view.names.length + 60, { margin: { l: 12, r: narrow(figure) ? 90 : 110, t: 4, b: 12 }, xaxis: axis("seconds"), yaxis: axis("", { autorange: "reversed", ticksuffix: " ", showgrid: false }), bargap: 0.35 })];
+        type: "bar", orientation: "h", y: view.names.map(plain), x: values.map(value => value / factor), marker: { color: colour("c0") }, text: said.map(text => ` ${text}`), textposition: "outside", cliponaxis: false,
+        constraintext: "none", textfont: { color: colour("soft") }, hovertemplate: "%{y}: %{text}<extra></extra>",
+      }], layout(34 * view.names.length + 60, { margin: { l: 12, r: narrow(figure) ? 90 : 110, t: 4, b: 12 }, xaxis: axis(unit), yaxis: axis("", { autorange: "reversed", ticksuffix: " ", showgrid: false }), bargap: 0.35 })];
     },
-    table: (plot, view) => [[["stage"], ["seconds", true]], view.names.map((name, n) => [name, view.seconds[n]])],
+    table: (plot, view) => [[["stage"], [view.seconds ? "seconds" : "bytes", true]], view.names.map((name, n) => [name, (view.seconds ?? view.bytes)[n]])],
   },
 };
 function mixed(from, to, share) {
