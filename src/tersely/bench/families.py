@@ -104,11 +104,15 @@ NEAREST: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 """Data-free quantizers, at every width."""
 
+SMALL_GROUPS = {"group": 32, "scale": "log8", "shrink": True}
+"""As many bytes as groups of 64 with scales of 16 bits, and a finer grid."""
+
 CALIBRATED: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gptq", {}),
     ("gptq", {"group": 32, "shrink": True}),
     ("gptq", {"shrink": True}),
     ("gptq", {"group": 128, "shrink": True}),
+    ("gptq", SMALL_GROUPS),
     ("sinq", {"calibrated": True}),
     ("sinq", {"feedback": True, "scale": "log8"}),
     ("awq", {}),
@@ -121,13 +125,16 @@ CALIBRATED: tuple[tuple[str, dict[str, Any]], ...] = (
 """Those that read the inputs of the dense model, at 4, 3 and 2 bits."""
 
 BLOCKS = {"epochs": 8}
-CODES = {"objective": ["logits"], "tokens": 410_000, "patience": 99, "rate": 0.01}
+CODES = {"objective": ["logits"], "tokens": 410_000, "patience": 3, "rate": 0.01}
 """Codes and ranges of the whole model together, towards the dense model's predictions: one pass over the text and more,
 the numbers kept that were best on the windows held out."""
 LEARNED = {
-    4: Entry("rounding", options=CODES | {"rate": 0.005}, sizes=None, steps=({"method": "gptq", "width": 4},)),
-    3: Entry("rounding", options=CODES, sizes=None, steps=({"method": "gptq", "width": 3, "shrink": True},)),
-    2: Entry("rounding", options=CODES, sizes=None, steps=({"method": "gptq", "width": 2, "shrink": True},)),
+    width: Entry("rounding", options=CODES | {"rate": rate}, sizes=None, steps=({"method": "gptq", **codes},))
+    for width, rate, codes in (
+        (4, 0.005, {"width": 4, "group": 43, "scale": "log8"}),
+        (3, 0.01, {"width": 3, **SMALL_GROUPS, "group": 43, "propagate": "input", "refine": {"epochs": 4}}),
+        (2, 0.01, {"width": 2, **SMALL_GROUPS, "propagate": "input", "refine": {"epochs": 4}}),
+    )
 }
 """Width → the way that was best at that width on validation text (docs/lab.md), as recipes/quantize_best_WIDTH.toml."""
 COMBINED = (3.3, 3.0, 2.5, 2.3, 2.0)
@@ -180,7 +187,15 @@ QUANTIZE = (
     *LEARNED.values(),
     *(Entry("rounding", options=CODES | {"options": {"width": width}}, sizes=None) for width in (3, 2)),
     *(
-        Entry("rounding", options=CODES, sizes=None, steps=({"method": "mixed", "bits": bits, "allocate": "lems"},))
+        Entry(
+            "rounding",
+            options=CODES,
+            sizes=None,
+            steps=(
+                {"method": "mixed", "bits": bits, "allocate": "lems", "ranks": 0}
+                | {"propagate": "input", "refine": {"epochs": 4}},
+            ),
+        )
         for bits in COMBINED
     ),
 )
