@@ -13,7 +13,7 @@ LORA = {"train": ["tokens"], "relax": "adapter", "rank": 8, "tokens": 150_000, "
 
 REFINE = {"samples": 512, "epochs": 5}
 
-SHRUNK = {"shrink_inputs": 0.5, "shrink_gradients": 0.5, "damping": 0.1}
+SHRUNK = {"shrink_inputs": 0.3, "shrink_gradients": 0.4, "damping": 0.03}
 """Metrics that give way to the identity further than by default: a little less of the calibration text is learned, and
 more is left for others (docs/lab.md)."""
 
