@@ -18,7 +18,8 @@ from tersely.cli import main
 from tersely.errors import CheckpointError
 from tersely.kinds import KINDS, LinearKind
 from tersely.record import CARD, RECORDED, check_recordable, joined, record
-from tersely.report.card import IN_CODES, TAGS, escaped, is_hub_name, model_card, named, place_of
+from tersely.report.card import IN_CODES, TAGS, escaped, model_card
+from tersely.report.naming import is_hub_name, named, place_of
 from tersely.report.reading import read_given
 from tersely.report.rows import Report, Row, SiteRow
 from tersely.report.verdict import verdict

@@ -14,9 +14,10 @@ from tersely.errors import CheckpointError, RecipeError
 from tersely.report.comparison import comparison_page
 from tersely.report.contents import sections
 from tersely.report.naming import short_text, way
-from tersely.report.page import packed_plotly, page, run_page, whole_page
+from tersely.report.page import page, run_page, whole_page
 from tersely.report.plots import Plot, amounts, arenas, errors, front, labels, pareto, placed, spectra
 from tersely.report.reading import Benched, Given, Run, read_given, run_of
+from tersely.report.rendering import packed_plotly
 from tersely.report.rows import CURVE_POINTS, Report, Row, SiteRow, thinned
 from tersely.report.tables import Column, table
 from tersely.report.verdict import verdict

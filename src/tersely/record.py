@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from tersely.checkpoint import LICENCE_FIELDS
 from tersely.errors import CheckpointError
 from tersely.journal import commit_text
-from tersely.report.card import model_card, place_of
+from tersely.report.card import model_card
+from tersely.report.naming import place_of
 from tersely.report.page import page
 from tersely.report.reading import protocol_of
 from tersely.report.rows import Report, Row, SiteRow

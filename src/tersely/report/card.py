@@ -13,13 +13,12 @@ from statistics import median
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from tersely.checkpoint import LICENCE_FIELDS
-from tersely.report.naming import short_text
+from tersely.report.naming import named, place_of
 from tersely.report.rows import Report, SiteRow, format_value, text_rows
 from tersely.report.tables import is_there, number_text
+from tersely.report.verdict import interval_text, protocol_text
 
 Json = Mapping[str, Any]
 
@@ -70,23 +69,6 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def named(model: str) -> tuple[str, str | None]:
-    """What to call a model, and its name on the hub, if it has one: a local folder is nobody else's business."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder.resolve().name, None
-    return (model, model) if is_hub_name(model) else (folder.name or model, None)
-
-
-def is_hub_name(model: str) -> bool:
-    """Whether the hub could have a model of this name."""
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return False
-    return not model.startswith((".", "/", "~"))
-
-
 # --- names from outside -----------------------------------------------------------------------------------------------
 
 _MEANING = re.compile(r"[\\`*\[\]<>&#|~$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)")
@@ -110,13 +92,6 @@ def _code(text: object) -> str:
         if line.isprintable() and not re.search(r"[`|]|^\s|\s$|^$", line)
         else f"<code>{escaped(line)}</code>"
     )
-
-
-def place_of(text: str) -> str:
-    """A text, a base: without the folders that it lies in, if it is a file or a folder of this machine."""
-    path = text.partition("[")[0]
-    is_path = path.startswith(("/", ".", "~")) or re.match(r"[A-Za-z]:[\\/]", path) or Path(path).exists()
-    return short_text(text.replace("\\", "/")) if is_path else text
 
 
 # --- front matter -----------------------------------------------------------------------------------------------------
@@ -213,7 +188,6 @@ def _sizes(report: Report) -> list[str]:
 
 
 def _quality(report: Report) -> list[str]:
-    from tersely.report.verdict import interval_text, protocol_text  # it reads runs, and those are named here
 
     def figure(text: Json, key: str, unit: str) -> str | None:
         if not is_there(text.get(key)):

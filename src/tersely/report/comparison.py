@@ -7,9 +7,9 @@ from typing import Any
 from tersely.report import contents, plots
 from tersely.report.contents import Inner, Section, there
 from tersely.report.naming import short_text, way
-from tersely.report.page import render
 from tersely.report.plots import Arena, arenas, labels, pareto
 from tersely.report.reading import Benched, Given, Run
+from tersely.report.rendering import render
 from tersely.report.tables import Column, Table, facts, number_text, table
 from tersely.report.verdict import protocol_text, verdict
 

@@ -1,7 +1,13 @@
-"""What things are called on a page: rows by their method and what distinguishes them, texts by their file."""
+"""What things are called where people read: rows by their method and what distinguishes them, texts by their file,
+models by their name on the hub or the last part of their folder."""
 
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from tersely.recipe import STEPS
 
@@ -42,3 +48,27 @@ def short_text(source: str) -> str:
     """A text source without the folders it lies in."""
     path, bracket, piece = source.partition("[")
     return path.rstrip("/").rpartition("/")[2] + bracket + piece
+
+
+def named(model: str) -> tuple[str, str | None]:
+    """What to call a model, and its name on the hub, if it has one: a local folder is nobody else's business."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder.resolve().name, None
+    return (model, model) if is_hub_name(model) else (folder.name or model, None)
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether the hub could have a model of this name."""
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return not model.startswith((".", "/", "~"))
+
+
+def place_of(text: str) -> str:
+    """A text, a base: without the folders that it lies in, if it is a file or a folder of this machine."""
+    path = text.partition("[")[0]
+    is_path = path.startswith(("/", ".", "~")) or re.match(r"[A-Za-z]:[\\/]", path) or Path(path).exists()
+    return short_text(text.replace("\\", "/")) if is_path else text

@@ -4,24 +4,15 @@ The page in a folder of ours (`page`) holds every number, no plot and no script:
 the library that draws weighs two megabytes.  `whole_page` draws, for one run or for many side by side.
 """
 
-import base64
-import gzip
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from tersely.errors import RecipeError
 from tersely.report import contents
-from tersely.report.contents import Section
-from tersely.report.plots import Plot
+from tersely.report.comparison import comparison
 from tersely.report.reading import Given, Run, run_of
+from tersely.report.rendering import render
 from tersely.report.rows import Report
 from tersely.report.verdict import verdict
 
@@ -45,8 +36,6 @@ def run_page(run: Run, *, plots: bool = True) -> str:
 
 def whole_page(given: Given, title: str | None = None) -> str:
     """HTML of all that is given: of one run its own page, of several runs or of benches a comparison."""
-    from tersely.report.comparison import comparison
-
     if len(given.runs) == 1 and not given.benches:
         return run_page(given.runs[0])
     return comparison(given, title)
@@ -64,30 +53,3 @@ def check_place(path: Path) -> None:
         raise RecipeError(f"{path} is a part of that folder, and its checksum is recorded; choose another place")
     if path.exists() and MARK not in path.read_bytes()[:4000]:
         raise RecipeError(f"{path} exists and is no page of tersely; choose another place, or remove it")
-
-
-def render(template: str, values: dict[str, Any], sections: Sequence[Section], *, plots: bool) -> str:
-    """A template of this folder, filled.  All text is escaped: a model may be named anything."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_read)
-    )
-    drawn: list[Plot] = [plot for one in sections for plot in one.plots]
-    drawn += [plot for one in sections for inner in one.runs for plot in inner.plots]
-    common = {
-        "version": version("tersely"),
-        "sections": sections,
-        "plots": [plot.plain() for plot in drawn],
-        "packed": packed_plotly() if plots else "",
-    }
-    return environment.get_template(template).render(common | values)
-
-
-@cache
-def packed_plotly() -> str:
-    """The library that draws, as the browser unpacks it: gzip in base64, two fifths of its size."""
-    source = files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
-    return base64.b64encode(gzip.compress(source, 9, mtime=0)).decode("ascii")
-
-
-def _read(name: str) -> str:
-    return files("tersely.report").joinpath("templates", name).read_text(encoding="utf-8")

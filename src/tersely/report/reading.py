@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tersely.errors import CheckpointError, RecipeError
-from tersely.report.card import named
+from tersely.report.naming import named
 
 Json = Mapping[str, Any]
 
