@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from tersely.bench.entry import GROUPS, way
-from tersely.bench.peers import PREFIX
 from tersely.bench.running import NO_RESULT, Row
+from tersely.report.naming import PEER
 from tersely.report.rows import format_value
 
 GAP = "–"
@@ -127,7 +127,7 @@ def _legend(rows: Sequence[Row]) -> str:
 
 
 def _of_peers(rows: Sequence[Row]) -> str:
-    if not any(row["method"].startswith(PREFIX) for row in rows):
+    if not any(row["method"].startswith(PEER) for row in rows):
         return ""
     return (
         " A peer is another package, run in an environment of its own on the same calibration windows; what is "

@@ -28,8 +28,8 @@ from tersely.calibrate import read_windows
 from tersely.checkpoint import Source, carried_files, locate, open_source, read_tokenizer
 from tersely.errors import RecipeError, TerselyError
 from tersely.journal import commit_tensors, commit_text
+from tersely.report.naming import PEER
 
-PREFIX = "peer:"
 PATIENCE = 3600.0
 """Seconds after which a package is stopped."""
 
@@ -56,7 +56,7 @@ class Peer:
 
     @property
     def method(self) -> str:
-        return PREFIX + self.package
+        return PEER + self.package
 
     @property
     def compared_with(self) -> Group:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tersely.report import contents, plots
 from tersely.report.contents import Inner, Section, there
-from tersely.report.naming import short_text, way
+from tersely.report.naming import PEER, short_text, way
 from tersely.report.plots import Arena, arenas, labels, pareto
 from tersely.report.reading import Benched, Given, Run
 from tersely.report.rendering import render
@@ -63,7 +63,7 @@ def _sentences(measured: Sequence[Arena]) -> Iterator[str]:
     """What one would take on the first text: the smallest that is nearly as good as dense, and the closest to it."""
     rows = sum(len(arena.rows) for arena in measured)
     for arena in measured[:1]:
-        sized = [row for row in arena.rows if row.get("bytes")]
+        sized = [row for row in arena.rows if row.get("bytes") and not row["way"].startswith(PEER)]
         near = [row for row in sized if arena.dense and row["perplexity"] <= NEAR * arena.dense]
         said = []
         if near:

@@ -11,6 +11,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from tersely.recipe import STEPS
 
+PEER = "peer:"
+"""How the method of a row begins that is another package's: its bytes are counted from its format, and no folder has
+them."""
+
 
 def way(method: str, options: Mapping[str, Any]) -> str:
     """A row's method and what distinguishes it from others of that method, for people."""

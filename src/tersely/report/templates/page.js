@@ -134,7 +134,7 @@ const KINDS = {
       const dense = view.y === "perplexity" && arena.dense ? arena.dense : null;
       if (dense) ys.push(dense);
       return [traces, layout(narrow(figure) ? 470 : 460, {
-        showlegend: methods.length > 1, legend: narrow(figure) ? { itemsizing: "constant", orientation: "h", y: -0.22, x: 0, yanchor: "top" } : { itemsizing: "constant", x: 1.01, y: 0.96, xanchor: "left" },
+        showlegend: methods.length > 1, legend: narrow(figure) ? { itemsizing: "constant", orientation: "h", y: -0.36, x: 0, yanchor: "top" } : { itemsizing: "constant", x: 1.01, y: 0.96, xanchor: "left" },
         xaxis: axis(view.choice[3], { type: "log", range: reach(xs), ...ticks(xs, value => quantity(view.x, value)) }),
         yaxis: axis(view.choice[2], { type: "log", range: reach(ys), ...ticks(ys, short) }),
         shapes: dense ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: dense, y1: dense, line: { color: colour("soft"), width: 1, dash: "dot" } }] : [],
