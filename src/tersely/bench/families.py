@@ -197,8 +197,9 @@ QUANTIZE = (
             options=CODES,
             sizes=None,
             steps=(
-                {"method": "mixed", "bits": bits, "allocate": "lems", "ranks": 0}
-                | {"propagate": "input", "refine": {"epochs": 4}},
+                {"method": "mixed", "bits": bits, "allocate": "lems", "propagate": "input", "refine": {"epochs": 4}}
+                # two bits and a scale for every weight are more than 2.0 together: only factors go below
+                | ({"ranks": 0} if bits > 2.0 else {}),
             ),
         )
         for bits in COMBINED
