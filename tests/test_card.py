@@ -27,7 +27,7 @@ from tersely.verify import CHECKSUMS, checksums, verify
 
 HOSTILE = "x`|<script>alert(1)</script> *b* _i_ [l](http://e.org) $$a$$ \\(b\\) @you &amp; # \n---\nlicense: mit"
 PROTOCOL = {"length": 256, "stride": 256, "first_token": None, "dtype": "float32", "windows": 8, "tokens": 2040}
-TEXT: dict[str, Any] = {"text": "/home/jane/wiki.raw", "sha256": "0" * 64, **PROTOCOL, "perplexity": 23.5625}
+TEXT: dict[str, Any] = {"text": "/mnt/disk/wiki.raw", "sha256": "0" * 64, **PROTOCOL, "perplexity": 23.5625}
 BESIDE = {"dense_perplexity": 11.25, "kl": 0.9219, "top1": 0.5, "perplexity_interval": [22.5, 24.75]}
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 
@@ -70,13 +70,13 @@ def front(card: str) -> dict[str, Any]:
         (settings("low_rank", "codebook"), "quantized"),
         (settings("low_rank"), "finetune"),
         (LLAMA, "finetune"),
-        (settings("sum", "quantized", base={"model": "jane/base", "sha256": ""}), "adapter"),
+        (settings("sum", "quantized", base={"model": "owner/base", "sha256": ""}), "adapter"),
     ],
 )
 def test_the_relation_to_the_base_is_one_that_the_hub_knows(made, relation):
     data = front(model_card(report(), {"license": "mit"}, made))
     assert data["base_model_relation"] == relation
-    assert data["base_model"] == ("jane/base" if relation == "adapter" else "base/model")
+    assert data["base_model"] == ("owner/base" if relation == "adapter" else "base/model")
 
 
 def test_codes_and_tags_are_those_of_the_kinds():
@@ -273,10 +273,10 @@ def test_of_a_path_only_the_last_part_is_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "a.txt").write_text("a")
-    assert place_of("/home/jane/t.txt[0:9]") == "t.txt[0:9]"
+    assert place_of("/mnt/disk/t.txt[0:9]") == "t.txt[0:9]"
     assert place_of("../shared/t.txt") == "t.txt"
     assert place_of("here/a.txt") == "a.txt"
-    assert place_of("C:\\Users\\jane\\t.txt") == "t.txt"
+    assert place_of("C:\\Users\\me\\t.txt") == "t.txt"
     assert place_of("owner/dataset") == "owner/dataset"  # a name of the hub is not one of this machine
     assert place_of("stdlib") == "stdlib"
 
@@ -298,7 +298,7 @@ def test_later_figures_join_those_that_are_there():
     ]
 
 
-FIGURES = {"model": "/home/jane/out", "bytes": 1, "parameters": 2, "texts": [TEXT | BESIDE]}
+FIGURES = {"model": "/mnt/disk/out", "bytes": 1, "parameters": 2, "texts": [TEXT | BESIDE]}
 
 
 def test_recorded_figures_are_in_report_page_and_card(compressed, copy_of):
@@ -311,7 +311,7 @@ def test_recorded_figures_are_in_report_page_and_card(compressed, copy_of):
     assert "23.562" in (folder / CARD).read_text() and "23.562" in (folder / "report.html").read_text()
     measured = json.loads((folder / "report.json").read_text())["evaluation"]
     assert measured == {"parameters": 2, "texts": [TEXT | BESIDE | {"text": "wiki.raw"}]}
-    assert not any("/home/jane" in (folder / name).read_text() for name in RECORDED)
+    assert not any("/mnt/disk" in (folder / name).read_text() for name in RECORDED)
     assert json.loads((folder / CHECKSUMS).read_text()) == checksums(folder)
     assert all(check.passed for check in verify(folder))
     (run,) = read_given([folder]).runs

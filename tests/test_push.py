@@ -131,12 +131,12 @@ def test_what_is_shown_is_what_goes_and_it_is_what_was_verified(tersely_, compre
     (folder / "notes").mkdir()
     (folder / "notes" / "README.md").write_text("mine")
 
-    status, printed, err = tersely_("push", folder, "jane/small", "--dry-run")
+    status, printed, err = tersely_("push", folder, "owner/small", "--dry-run")
     assert (status, err, hub.calls) == (0, "", [])
     assert shown(printed) == {name: (folder / name).stat().st_size for name in (*listed, CHECKSUMS)}
     assert f"{sum(shown(printed).values()):,} B  in {len(listed) + 1} files" in printed
     for line in (
-        "to https://huggingface.co/jane/small, branch main",
+        "to https://huggingface.co/owner/small, branch main",
         "stays here: .cache (hidden)",
         "stays here: .config.json.77.writing (a temporary name, left by a process that was killed)",
         "stays here: notes (a folder)",
@@ -145,14 +145,14 @@ def test_what_is_shown_is_what_goes_and_it_is_what_was_verified(tersely_, compre
     ):
         assert line in printed
 
-    status, again, err = tersely_("push", folder, "jane/small", "--with-paths")
+    status, again, err = tersely_("push", folder, "owner/small", "--with-paths")
     assert status == 0, err
     assert again.splitlines()[:-1] == printed.splitlines()[:-1]
-    assert again.splitlines()[-1] == "published: https://huggingface.co/jane/small (https://hub/jane/small/commit/1)"
+    assert again.splitlines()[-1] == "published: https://huggingface.co/owner/small (https://hub/owner/small/commit/1)"
     assert hub.files["main"] == {".gitattributes": b""} | contents(folder, *shown(printed))
     assert [name for name, _ in hub.calls] == ["create_repo", "model_info", "upload_folder"]
     # the same again: what is there already is of the same names
-    assert tersely_("push", folder, "jane/small", "--with-paths")[0] == 0
+    assert tersely_("push", folder, "owner/small", "--with-paths")[0] == 0
 
 
 def test_a_dry_run_needs_neither_network_nor_token(compressed, tmp_path):
@@ -163,7 +163,7 @@ def never(*arguments, **keywords):
     raise AssertionError("the network was asked")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = never
 from tersely.cli import main
-main(["push", {str(compressed())!r}, "jane/small", "--dry-run"])
+main(["push", {str(compressed())!r}, "owner/small", "--dry-run"])
 """
     own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
@@ -178,13 +178,13 @@ main(["push", {str(compressed())!r}, "jane/small", "--dry-run"])
 
 def test_branch_message_and_privacy_are_passed_on(tersely_, compressed, hub):
     given = ["--with-paths", "--private", "--branch", "four-bits", "--message", "smaller"]
-    status, printed, err = tersely_("push", compressed(), "jane/small", *given)
+    status, printed, err = tersely_("push", compressed(), "owner/small", *given)
     assert status == 0, err
     assert "branch four-bits" in printed
     said = dict(hub.calls)
-    assert said["create_repo"] == {"repo_id": "jane/small", "private": True, "exist_ok": True}
-    assert said["create_branch"] == {"repo_id": "jane/small", "branch": "four-bits", "exist_ok": True}
-    assert said["upload_folder"] == {"repo_id": "jane/small", "revision": "four-bits", "commit_message": "smaller"}
+    assert said["create_repo"] == {"repo_id": "owner/small", "private": True, "exist_ok": True}
+    assert said["create_branch"] == {"repo_id": "owner/small", "branch": "four-bits", "exist_ok": True}
+    assert said["upload_folder"] == {"repo_id": "owner/small", "revision": "four-bits", "commit_message": "smaller"}
     assert CHECKSUMS in hub.files["four-bits"] and CHECKSUMS not in hub.files["main"]
 
 
@@ -192,10 +192,10 @@ def test_branch_message_and_privacy_are_passed_on(tersely_, compressed, hub):
 
 
 @pytest.mark.parametrize(
-    "repo", ["small", "jane/", "/small", "a/b/c", "jane/sm all", "jane/small.git", "jane--x/y", ""]
+    "repo", ["small", "owner/", "/small", "a/b/c", "owner/sm all", "owner/small.git", "owner--x/y", ""]
 )
 def test_what_is_no_repository_is_refused(repo, tersely_, compressed, nobody):
-    with pytest.raises(RecipeError, match=r"wanted OWNER/NAME, such as jane/llama-small"):
+    with pytest.raises(RecipeError, match=r"wanted OWNER/NAME, such as owner/llama-small"):
         check_repo(repo)
     status, out, err = tersely_("push", compressed(), repo)
     assert (status, out) == (2, "")
@@ -241,7 +241,7 @@ def damaged(folder: Path, how: str) -> None:
 def test_a_folder_that_fails_is_refused(how, message, flags, tersely_, compressed, copy_of, nobody):
     folder = copy_of(compressed())
     damaged(folder, how)
-    status, _, err = tersely_("push", folder, "jane/small", *flags)
+    status, _, err = tersely_("push", folder, "owner/small", *flags)
     assert status == 2
     assert re.search(message, err), err
 
@@ -256,12 +256,12 @@ def test_weights_that_are_not_finite_are_refused(compressed, copy_of):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
     with pytest.raises(CheckpointError, match=r"not fit to be published, weights: .*NaN"):
-        pack(folder, "jane/small")
+        pack(folder, "owner/small")
 
 
 @pytest.mark.parametrize("flag", ["--branch", "--message"])
 def test_empty_words_are_refused(flag, tersely_, compressed, nobody):
-    status, _, err = tersely_("push", compressed(), "jane/small", flag, " ")
+    status, _, err = tersely_("push", compressed(), "owner/small", flag, " ")
     assert status == 2
     assert f"{flag} is empty" in err
 
@@ -271,12 +271,12 @@ def test_empty_words_are_refused(flag, tersely_, compressed, nobody):
 
 def test_places_of_this_machine_are_shown_and_not_published_unasked(tersely_, compressed, model_folder, hub):
     folder, model = compressed(), str(model_folder())
-    status, printed, _ = tersely_("push", folder, "jane/small", "--dry-run")
+    status, printed, _ = tersely_("push", folder, "owner/small", "--dry-run")
     assert status == 0
     assert f"names a place of this machine: {model} (in recipe.toml, report.json)" in printed
     assert f"recipe.toml and report.json call it {model}" in printed
     assert "the card links to none, since it was a local folder" in printed
-    status, _, err = tersely_("push", folder, "jane/small")
+    status, _, err = tersely_("push", folder, "owner/small")
     assert status == 2
     assert re.search(r"the files name \d+ places of this machine, such as /.*; give --with-paths", err)
     assert hub.calls == []
@@ -289,7 +289,7 @@ def test_a_model_given_by_a_relative_path_is_shown_and_goes(
     shutil.copytree(model_folder(), tmp_path / "models" / "llama")
     shutil.copy(text_file, tmp_path / "mine.txt")
     compress("models/llama", "out", method="svd", keep=0.6, calibrate=["mine.txt"], length=16, samples=4)
-    status, printed, err = tersely_("push", "out", "jane/small")
+    status, printed, err = tersely_("push", "out", "owner/small")
     assert status == 0, err
     assert "names a path: models/llama (in recipe.toml, report.json)" in printed
     assert "names a path: mine.txt (in" in printed
@@ -301,14 +301,14 @@ def test_a_model_given_by_a_relative_path_is_shown_and_goes(
 
 def test_paths_are_found_wherever_they_stand(tmp_path):
     files = {
-        "recipe.toml": 'model = "/home/jane/my models/llama"\nsource = ["~/t.txt"]\nrelative = "../t.txt"\n',
+        "recipe.toml": 'model = "/mnt/disk/my models/llama"\nsource = ["~/t.txt"]\nrelative = "../t.txt"\n',
         "report.json": json.dumps(
-            {"warnings": ["in /home/jane/x.txt, a line"], "a": "C:\\Users\\jane", "b": "nats/token"}
+            {"warnings": ["in /mnt/disk/x.txt, a line"], "a": "C:\\Users\\me", "b": "nats/token"}
         ),
         "config.json": json.dumps(
             {"quantization_config": {"base": {"model": str(tmp_path)}}, "note": "see /a/b/c there", "by": "/its/maker"}
         ),
-        "report.html": "<p>a/b 1/2/3 https://e.org/x/y/z</p><p>/home/jane/my models/llama, &#x2F;opt&#47;a</p>",
+        "report.html": "<p>a/b 1/2/3 https://e.org/x/y/z</p><p>/mnt/disk/my models/llama, &#x2F;opt&#47;a</p>",
         "README.md": "x <br/> [a](/b) `/var/tmp/q`.",
         "tokenizer.json": json.dumps({"vocab": {"/usr/bin/env": 1}}),
         "model.safetensors": "/not/read/at/all",
@@ -316,14 +316,14 @@ def test_paths_are_found_wherever_they_stand(tmp_path):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     absolute, relative = _paths(tmp_path, files)
-    assert absolute["/home/jane/my models/llama"] == ("recipe.toml", "report.html")
+    assert absolute["/mnt/disk/my models/llama"] == ("recipe.toml", "report.html")
     assert absolute["~/t.txt"] == ("recipe.toml",)
-    assert absolute["/home/jane/x.txt"] == ("report.json",)
-    assert absolute["C:\\Users\\jane"] == ("report.json",)
+    assert absolute["/mnt/disk/x.txt"] == ("report.json",)
+    assert absolute["C:\\Users\\me"] == ("report.json",)
     assert absolute[str(tmp_path)] == ("config.json",)
     assert absolute["/opt/a"] == ("report.html",)
     assert absolute["/var/tmp/q"] == ("README.md",)
-    known = set(absolute) - {"/home/jane/my"}  # in a sentence a path ends at a blank
+    known = set(absolute) - {"/mnt/disk/my"}  # in a sentence a path ends at a blank
     assert len(known) == 7
     assert relative == {"../t.txt": ("recipe.toml",)}
 
@@ -341,7 +341,7 @@ def test_a_folder_that_opens_with_a_local_base_says_so(model_folder, copy_of, te
     save_file(state, tuned / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "delta"
     compress(tuned, out, method="svd", base=str(base), keep=0.5, calibrate=[str(text_file)], length=16, samples=4)
-    said = pack(out, "jane/delta").base
+    said = pack(out, "owner/delta").base
     assert f"opens together with {base} alone, which nobody else has" in said
 
 
@@ -350,16 +350,16 @@ def test_a_folder_that_opens_with_a_local_base_says_so(model_folder, copy_of, te
 
 def test_a_public_repository_does_not_take_what_was_to_be_private(tersely_, compressed, hub):
     hub.files["main"] = {}
-    status, _, err = tersely_("push", compressed(), "jane/small", "--with-paths", "--private")
+    status, _, err = tersely_("push", compressed(), "owner/small", "--with-paths", "--private")
     assert status == 2
-    assert "jane/small exists and is public; --private does not hide it" in err
+    assert "owner/small exists and is public; --private does not hide it" in err
     assert hub.files["main"] == {}
 
 
 def test_a_model_that_is_not_ours_is_not_written_over(tersely_, compressed, hub):
     there = {"config.json": b"theirs", "model.safetensors": b"theirs"}
     hub.files["main"] = dict(there)
-    status, _, err = tersely_("push", compressed(), "jane/small", "--with-paths")
+    status, _, err = tersely_("push", compressed(), "owner/small", "--with-paths")
     assert status == 2
     assert "holds a model that tersely did not write; choose another name" in err
     assert hub.files["main"] == there
@@ -375,7 +375,7 @@ def test_weights_of_another_model_are_not_mixed_with_ours(name, tersely_, compre
         "model.gguf": b"read by its name",
     }
     hub.files["main"] = dict(there)
-    status, _, err = tersely_("push", compressed(), "jane/small", "--with-paths")
+    status, _, err = tersely_("push", compressed(), "owner/small", "--with-paths")
     assert status == 2
     assert f"holds files that would be read as parts of this model: {name};" in err
     assert hub.files["main"] == there
@@ -402,13 +402,13 @@ def test_what_goes_wrong_is_said_with_advice(error, advice, call, status, so_far
         hub.refuse(call, error)
     else:
         hub.fails[call] = error
-    found, _, err = tersely_("push", compressed(), "jane/small", "--with-paths")
+    found, _, err = tersely_("push", compressed(), "owner/small", "--with-paths")
     assert found == status
-    assert advice in err and so_far in err and "jane/small" in err
+    assert advice in err and so_far in err and "owner/small" in err
     assert len(err.splitlines()) == 1
     if status == 1:  # and the same command goes on
         hub.fails.clear()
-        assert tersely_("push", compressed(), "jane/small", "--with-paths")[0] == 0
+        assert tersely_("push", compressed(), "owner/small", "--with-paths")[0] == 0
     else:
         assert "upload_folder" not in dict(hub.calls)
 
@@ -418,7 +418,7 @@ def test_an_interrupt_while_sending_is_told(tersely_, compressed, hub, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hub, "upload_folder", stop)
-    status, _, err = tersely_("push", compressed(), "jane/small", "--with-paths")
+    status, _, err = tersely_("push", compressed(), "owner/small", "--with-paths")
     assert status == 1
     assert "interrupted" in err and "push" in err
 

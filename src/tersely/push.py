@@ -101,7 +101,7 @@ def pack(folder: Path, repo: str, seen: Callable[[Check], object] = lambda check
 
 def check_repo(repo: str) -> None:
     """Raises RecipeError for what is no OWNER/NAME."""
-    wanted = "wanted OWNER/NAME, such as jane/llama-small"
+    wanted = "wanted OWNER/NAME, such as owner/llama-small"
     if repo.count("/") != 1:
         raise RecipeError(f"repository {repo!r}; {wanted}")
     try:
