@@ -2,6 +2,7 @@
 
 import io
 import json
+import mmap
 import re
 import shlex
 import signal
@@ -28,8 +29,7 @@ from tersely.prepare import prepare
 from tersely.progress import Reporter, Stage, duration
 from tersely.recipe import Calibration, Evaluation, MethodStep, Recipe
 
-NUMBERS = 10_000_000
-BYTES = 4 * NUMBERS
+BYTES = 40_000_000
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="this system does not tell what a process holds")
 
 
@@ -215,19 +215,19 @@ def test_a_run_tells_of_every_block_and_every_site(allocate, model_folder, text_
 # --- memory by stage --------------------------------------------------------------------------------------------------
 
 
-def hold(seconds: float = 0.3) -> None:
-    held = torch.ones(NUMBERS)
-    time.sleep(seconds)
-    del held
+def hold(seconds: float = 0.3, nbytes: int = BYTES) -> None:
+    """Hold pages of the system's own: what is asked of an allocator may come from what earlier tests freed there."""
+    with mmap.mmap(-1, nbytes) as held:
+        for page in range(0, nbytes, mmap.PAGESIZE):
+            held[page] = 1
+        time.sleep(seconds)
 
 
 @on_linux
 def test_the_peak_of_a_stage_is_its_own():
     """The second stage reaches less than the first one, and the mark of the process cannot tell."""
     with peak_of_stage() as first:
-        held = torch.ones(3 * NUMBERS)
-        time.sleep(0.3)
-        del held
+        hold(nbytes=3 * BYTES)
     with peak_of_stage() as second:
         hold()
     with peak_of_stage() as third:

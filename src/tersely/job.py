@@ -197,3 +197,9 @@ def most(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
 def as_weight(stored: Tensor, site: Site) -> Tensor:
     """The weight as [out, in]."""
     return stored.T.contiguous() if site.transposed else stored
+
+
+def dense_weights(job: Job, target: Target) -> dict[str, Tensor]:
+    """Site → its weight as the step found it, [out, in], on the job's device."""
+    stored = {site.name: job.source.tensor(f"{site.name}.weight") for site in target.sites}
+    return {site.name: as_weight(stored[site.name], site).to(job.device) for site in target.sites}

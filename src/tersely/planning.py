@@ -25,7 +25,7 @@ from tersely import gating
 from tersely.allocate import Choice, Curve, Learned, Measured, Measures, Plan, curve_of
 from tersely.calibrate import Blocks
 from tersely.errors import NumericalError, RecipeError
-from tersely.job import Clock, Job, as_weight, dense_statistics, tell_site
+from tersely.job import Clock, Job, dense_statistics, dense_weights, tell_site
 from tersely.kinds import Kind
 from tersely.option import Option
 from tersely.sensitivity import Laboratory
@@ -249,10 +249,8 @@ def _curves(job: Job, index: int, stats: Mapping[str, Stats]) -> dict[str, Any]:
     """Target → its options as plain values, or why there are none."""
     options: dict[str, Any] = {}
     for target in job.in_block(index):
-        stored = {site.name: job.source.tensor(f"{site.name}.weight") for site in target.sites}
-        weights = {site.name: as_weight(stored[site.name], site).to(job.device) for site in target.sites}
         try:
-            offered = target.options(weights, stats)
+            offered = target.options(dense_weights(job, target), stats)
         except (NumericalError, torch.linalg.LinAlgError) as error:
             if job.on_failure == "raise":
                 raise NumericalError(f"{target.name}: {error}") from error

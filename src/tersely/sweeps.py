@@ -18,7 +18,7 @@ Every finished block is a unit of the journal, so that a stopped run loses one b
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -31,8 +31,8 @@ from tersely.allocate import Choice, Plan
 from tersely.calibrate import Blocks, Replay, watch_list
 from tersely.checkpoint import State
 from tersely.errors import NumericalError
-from tersely.job import Clock, Job, as_weight, dense_statistics, gradients_of, of_inputs, tell_site
-from tersely.kinds import Kind, Made, link
+from tersely.job import Clock, Job, as_weight, dense_statistics, dense_weights, gradients_of, of_inputs, tell_site
+from tersely.kinds import FACTORS, Kind, Made, link
 from tersely.planning import make_plan
 from tersely.refine import Refined, Refiner, Refining
 from tersely.stats import Cross, Stats
@@ -64,6 +64,8 @@ class Outcome:
     """Name of a parameter outside of what was replaced → its numbers after refinement."""
     refined: dict[str, Refined] = field(default_factory=dict)
     """Block → what its refinement did."""
+    spectra: dict[str, list[float]] = field(default_factory=dict)
+    """Target that became factors by a plan made without errors → its spectrum on the inputs it was fitted to."""
 
 
 def compress(job: Job, refining: Refining | None = None) -> Outcome:
@@ -79,6 +81,7 @@ def compress(job: Job, refining: Refining | None = None) -> Outcome:
         outcome.replaced |= unit.replaced
         outcome.trained |= unit.trained
         outcome.refined |= unit.refined
+        outcome.spectra |= unit.spectra
         outcome.done += unit.done
         outcome.errors |= unit.errors
         outcome.degraded |= unit.degraded
@@ -103,6 +106,7 @@ class _Unit:
     degraded: dict[str, str] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     refined: dict[str, Refined] = field(default_factory=dict)
+    spectra: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -180,6 +184,7 @@ def _cut_at_once(
     with clock("factorise"):
         for target in job.in_block(index):
             _cut(job, block, target, stats, plan.choices[target.name], unit)
+    _note_spectra(job, job.in_block(index), stats, unit, clock)
     return _commit_unit(job, index, unit)
 
 
@@ -216,6 +221,7 @@ def _cut_in_stream(
         with clock("factorise"):
             for target in group:
                 _cut(job, block, target, stats, plan.choices[target.name], unit)
+        _note_spectra(job, group, stats, unit, clock)
     if streams.refiner is not None and unit.done:
         with clock("refine"):
             _refine(job, index, block, blocks.dense(index), streams.refiner, unit)
@@ -282,6 +288,20 @@ def _cut(job: Job, block: nn.Module, target: Target, stats: Mapping[str, Stats],
     link(block)
 
 
+def _note_spectra(job: Job, targets: Sequence[Target], stats: Mapping[str, Stats], unit: _Unit, clock: "Clock") -> None:
+    """What other ranks would have left of what became factors.  A plan made of errors has said so before."""
+    if job.allocator.needs_errors:
+        return
+    for target in targets:
+        made = [unit.replaced[site.name] for site in target.sites if site.name in unit.replaced]
+        if target.name not in unit.done or not any(one.specs[""]["kind"] in FACTORS for one in made):
+            continue
+        with clock("spectra"):
+            spectrum = target.spectrum(dense_weights(job, target), stats)
+        if spectrum is not None:
+            unit.spectra[target.name] = spectrum
+
+
 def _check_finite(kind: Kind, name: str) -> None:
     for part, tensor in kind.state_dict().items():
         if not torch.isfinite(tensor).all():
@@ -298,6 +318,7 @@ def _commit_unit(job: Job, index: int, unit: _Unit) -> _Unit:
         "errors": unit.errors,
         "degraded": unit.degraded,
         "trained": list(unit.trained),
+        "spectra": unit.spectra,
         "refined": {path: asdict(refined) for path, refined in unit.refined.items()},
     }
     job.journal.write_json(f"blocks/{index:04}.json", plain)
@@ -316,4 +337,4 @@ def _read_unit(job: Job, index: int) -> _Unit | None:
         place = max((p for p in plain["specs"] if name.startswith(f"{p}.")), key=len)
         states[place][name.removeprefix(f"{place}.")] = tensor
     replaced = {name: Made(specs, states[name]) for name, specs in plain["specs"].items()}
-    return _Unit(replaced, plain["done"], plain["errors"], plain["degraded"], trained, refined)
+    return _Unit(replaced, plain["done"], plain["errors"], plain["degraded"], trained, refined, plain["spectra"])

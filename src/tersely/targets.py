@@ -15,6 +15,7 @@ from tersely.anatomy import Site, Unit
 from tersely.cache import CacheMethod, dense_bytes_per_token
 from tersely.kinds import Kind, LinearKind, SumLinear
 from tersely.kinds.attention import AttentionSettings
+from tersely.linalg.truncation import output_basis
 from tersely.methods import Method, UnitMethod
 from tersely.option import Amount, Option
 from tersely.stats import Cross, Gram, Statistic, Stats
@@ -57,6 +58,11 @@ class Target(ABC):
 
     def error(self, weights: Weights, made: Mapping[str, Kind], stats: Mapping[str, Stats]) -> float | None:
         """Share of the output energy that was really lost, rounding included; None where that is not known."""
+        return None
+
+    def spectrum(self, weights: Weights, stats: Mapping[str, Stats]) -> list[float] | None:
+        """Share of the output energy that the best approximation of rank 0, 1, … leaves: on the observed inputs, or,
+        where their second moments were not asked for, on white ones.  None for what does not read one input."""
         return None
 
     @property
@@ -130,6 +136,9 @@ class SiteTarget(Target):
         else:
             lost, energy = _lost_of(weight, stands_for - self.base.double(), observed[Gram].mean())
         return lost / energy if energy > 0 else 0.0
+
+    def spectrum(self, weights: Weights, stats: Mapping[str, Stats]) -> list[float]:
+        return _spectrum(self._weight(weights), stats.get(self.site.reads, Stats()))
 
     def _weight(self, weights: Weights) -> Tensor:
         weight = weights[self.name]
@@ -210,6 +219,12 @@ class GroupTarget(UnitTarget):
             lost, energy = lost + of_site[0], energy + of_site[1]
         return lost / energy if energy > 0 else 0.0
 
+    def spectrum(self, weights: Weights, stats: Mapping[str, Stats]) -> list[float] | None:
+        if len({site.reads for site in self.sites}) > 1:
+            return None
+        stacked = torch.cat([weights[site.name] for site in self.sites])
+        return _spectrum(stacked, stats.get(self.sites[0].reads, Stats()))
+
 
 def _lost(weight: Tensor, compressed: Tensor, observed: Stats) -> tuple[float, float]:
     """E‖W x - W' x‖² and E‖W x‖²; with the cross moment E‖W x - W' x̂‖², both float64."""
@@ -226,6 +241,12 @@ def _lost(weight: Tensor, compressed: Tensor, observed: Stats) -> tuple[float, f
 def _lost_of(weight: Tensor, compressed: Tensor, gram: Tensor) -> tuple[float, float]:
     difference = weight - compressed
     return ((difference @ gram) * difference).sum().item(), ((weight @ gram) * weight).sum().item()
+
+
+def _spectrum(weight: Tensor, observed: Stats) -> list[float]:
+    gram = observed[Gram].mean() if Gram in observed else None
+    left = output_basis(weight, gram, vectors=False).left_over()
+    return (left / left[0]).tolist() if left[0] > 0 else [0.0] * len(left)
 
 
 def by_role(unit: Unit, tensors: Weights) -> dict[str, Tensor]:

@@ -34,6 +34,9 @@ KINDS: dict[str, type[Kind]] = {
     "sum": SumLinear,
 }
 
+FACTORS = ("low_rank", "pivoted", "remapped", "shared")
+"""Those that are a product of two factors, whose rank says how much of a spectrum is kept."""
+
 
 @dataclass(frozen=True)
 class Made:

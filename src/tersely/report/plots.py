@@ -348,7 +348,7 @@ def spectra(run: Run) -> Plot | None:
             views.append({"choice": [label, projection], "alt": alt, "lines": lines, "across": _amount_name(sites)})
     note = (
         "A line is one layer's spectrum: the share of output energy that is lost if only so much is kept. The dot is "
-        "where it was cut; a line without one was left dense."
+        "where it was cut, at the loss that was predicted, or else measured; a line without one was left dense."
     )
     return Plot("spectra", "spectra", "Spectra and cuts", views, note, ["step", "projection"]) if views else None
 
@@ -356,6 +356,8 @@ def spectra(run: Run) -> Plot | None:
 def _line(place: Placed) -> View:
     points = sorted((x, y) for x, y in place.site["curve"] if _is_number(x) and _is_number(y) and math.isfinite(y))
     amount, lost = place.site.get("amount"), place.site.get("predicted_error")
+    if lost is None:
+        lost = place.site.get("measured_error")
     return {
         "layer": place.layer,
         "x": [amount for amount, _ in points],

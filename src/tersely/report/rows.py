@@ -40,7 +40,8 @@ class SiteRow:
     measured_error: float | None
     curve: list[tuple[Any, float]] | None = None
     """What every amount on offer would have cost, by rising amount, as the plan was made from it: of a factorisation
-    the tail of the site's spectrum.  None where the plan was made without."""
+    the tail of the site's spectrum.  Where a factorisation was planned without, the least that any of its rank could
+    lose on the inputs it was fitted to.  Else None."""
 
 
 @dataclass

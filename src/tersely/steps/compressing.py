@@ -270,7 +270,7 @@ def _rows(job: Job, outcome: Outcome, number: int, method: str) -> list[SiteRow]
                 dense_bytes=choice.dense_bytes,
                 predicted_error=choice.relative_error if done else 0.0,
                 measured_error=outcome.errors[target.name],
-                curve=_curve(offered.get(target.name)),
+                curve=_curve(offered.get(target.name)) or _spectrum(outcome.spectra.get(target.name)),
             )
         )
     return rows
@@ -293,3 +293,7 @@ def _curve(offered: Any) -> list[tuple[Any, float]] | None:
     if not energy or any(o.error is None or not isinstance(o.amount, int | float) for o in options):
         return None
     return thinned([(option.amount, (option.error or 0.0) / energy) for option in options])
+
+
+def _spectrum(left: Sequence[float] | None) -> list[tuple[int, float]] | None:
+    return None if left is None else thinned(list(enumerate(left)))
