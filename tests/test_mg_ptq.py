@@ -231,7 +231,7 @@ def test_without_couplings_there_is_no_graph():
     """A diagonal Gram matrix: U is diagonal, and the graph network is the network without edges, bit for bit."""
     weight, gram = normal(5, 24, dtype=torch.float32), torch.diag(torch.logspace(-1, 1, 24, dtype=torch.float64))
     spread = feedback(gram, damping=0.01, loudest_first=True)
-    torch.testing.assert_close(adjacency(spread).to_dense(), torch.eye(24, dtype=torch.float64))
+    torch.testing.assert_close(adjacency(spread.inverse(), spread.order).to_dense(), torch.eye(24, dtype=torch.float64))
     methods = [quick(network=network, group=8) for network in ("graph", "mlp")]
     graph, mlp = (method.options(weight, of_gram(gram)) for method in methods)
     assert graph == mlp
@@ -239,7 +239,7 @@ def test_without_couplings_there_is_no_graph():
 
 def test_edges_are_symmetric_normalised_and_few():
     spread = feedback(observed(correlated(90))[Gram].mean(), damping=0.01, loudest_first=True)
-    reach = adjacency(spread).to_dense()
+    reach = adjacency(spread.inverse(), spread.order).to_dense()
     assert torch.equal(reach != 0, (reach != 0).T) and torch.allclose(reach, reach.T)
     assert (reach.diagonal() > 0).all() and ((reach != 0).sum(1) >= 33).all()
     assert torch.linalg.eigvalsh(reach).abs().max() <= 1 + 1e-9  # what the normalisation is for

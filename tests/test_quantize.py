@@ -447,13 +447,17 @@ def test_the_sweep_is_the_optimal_brain_surgeon_column_by_column(act_order):
     assert torch.equal(ours.to_dense().double(), expected)
 
 
-def test_the_factor_is_that_of_the_inverse_in_the_order_of_the_columns():
+def test_the_root_is_that_of_the_hessian_in_the_order_of_the_columns():
     gram = observed(correlated(30))[Gram].mean()
     spread = feedback(gram, damping=0.01, loudest_first=True)
     damped = gram + spread.added * torch.eye(30, dtype=torch.float64)
-    inverse = torch.linalg.inv(damped)[spread.order][:, spread.order]
-    torch.testing.assert_close(spread.factor.T @ spread.factor, inverse)
-    assert torch.equal(spread.factor, spread.factor.triu()) and (spread.factor.diagonal() > 0).all()
+    factor = spread.inverse()
+    torch.testing.assert_close(spread.root.T @ spread.root, damped[spread.order][:, spread.order])
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped)[spread.order][:, spread.order])
+    assert torch.equal(spread.root, spread.root.tril()) and (spread.own > 0).all()
+    assert torch.equal(factor, factor.triu()) and torch.allclose(
+        factor.diagonal() * spread.own, torch.ones(()).double()
+    )
     assert (gram.diagonal()[spread.order].diff() <= 0).all()
 
 
@@ -466,11 +470,12 @@ def test_the_squares_of_the_errors_add_up_to_the_whole():
         taken[:, place] = left[0].round()
         return taken[:, place]
 
-    errors = sweep(weight, spread, decide, block=16)
+    swept = sweep(weight, spread, decide, block=16)
     off = weight - taken
+    assert torch.equal(swept.off, off.T)
     damped = gram + spread.added * torch.eye(40, dtype=torch.float64)
-    assert errors.square().sum().item() == pytest.approx((off @ damped @ off.T).trace().item(), rel=1e-12)
-    assert spread.loss(errors, off) == pytest.approx((off @ gram @ off.T).trace().item(), rel=1e-10)
+    assert swept.cost == pytest.approx((off @ damped @ off.T).trace().item(), rel=1e-12)
+    assert swept.loss(spread) == pytest.approx((off @ gram @ off.T).trace().item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("act_order", [True, False])

@@ -277,14 +277,12 @@ def group_feedback(wanted: Wanted) -> Feedback:
 def feed_back(now: Additive, wanted: Wanted, spread: Feedback, beam: int) -> Additive:
     """Codes for these books and scales that do not depend on the codes there are.  They may be worse."""
     group, order = now.codebooks.shape[2], spread.order.tolist()
-    identity = torch.eye(group, dtype=now.codebooks.dtype, device=now.codebooks.device)
     codes, values = torch.empty_like(now.codes), torch.empty_like(wanted.weight.T)
 
     def decide(place: int, columns: Tensor) -> Tensor:
         if place % group == 0:
-            own = spread.factor[place : place + group, place : place + group].to(identity)
-            inverse = torch.linalg.solve_triangular(own, identity, upper=True)
-            chosen = _nearest_sums(columns[:group].T @ inverse, now.codebooks @ inverse, now.scales, beam)
+            own = spread.root[place : place + group, place : place + group].T.to(now.codebooks)
+            chosen = _nearest_sums(columns[:group].T @ own, now.codebooks @ own, now.scales, beam)
             codes[:, order[place] // group] = chosen
             decoded = gathered(now.codebooks, chosen[:, None]) * now.scales[:, None]
             values[place : place + group] = decoded.T

@@ -1,20 +1,21 @@
 """Error feedback: decide the columns of a weight one after another, and let the later ones repair the earlier.
 
 Let G = E[x xᵀ] be the Gram matrix of the inputs, H = G + λI, and W' what a weight W is to become, its columns taken
-from a grid, or zero.  The output error is
+from a grid, or zero.  With H = Rᵀ R, R lower triangular, the output error is
 
-    tr((W - W') H (W - W')ᵀ) = Σ_i ‖e_i‖²,    e_i = (w_i - w'_i) / U_ii,    H⁻¹ = Uᵀ U,  U upper triangular,
+    tr((W - W') H (W - W')ᵀ) = Σ_i ‖R_ii (v_i - w'_i)‖²,    v_i = w_i + Σ_{j<i} (R_ij / R_ii) (w_j - w'_j).
 
-where w_i is column i as it stands when its turn comes: after column i was decided, every later column j moves by
--e_i U_ij, the best that unrounded columns can do (optimal brain surgeon, one Hessian for all rows).  So 1 / U_ii² is
-the price of an error in column i once all later columns have made up for it, and the price of the whole is known
-without another product.
+So column i, at its turn, is to be near v_i in the place of w_i: that is the best that columns which are still free can
+do for those that were decided (optimal brain surgeon, one Hessian for all rows; GPTQ).  R_ii² is the price of an error
+in column i once all later columns have made up for it, and the price of the whole is known without another product.
 
-U is never formed by way of H⁻¹: with the columns in reverse order H has the Cholesky factor L, and U is L⁻¹ turned
-back.  All this is float64; the sweep itself runs in the dtype of the weight.
+Nothing is inverted.  The papers walk the rows of U, H⁻¹ = Uᵀ U; that is U = R⁻ᵀ, and both name the same v_i, as
+rounding to the nearest plane of a lattice does (Babai, 1986; Chen et al., The Geometry of LLM Quantization, 2025,
+arXiv 2507.18553).  R is the Cholesky factor of H with the columns in reverse order, turned back.  All this is float64;
+the sweep itself runs in the dtype of the weight.
 
-The sweep is in blocks: a block is brought up to date by one product with all errors before it, and only inside it the
-columns update each other one by one.  The result does not depend on the size of the blocks.
+The sweep is in blocks: a block is brought up to date by one product with all that was decided before it, and only
+inside it the columns update each other one by one.  The result does not depend on the size of the blocks.
 """
 
 from collections.abc import Callable
@@ -37,8 +38,8 @@ values ``[out]`` that this column takes."""
 class Feedback:
     """How errors spread, for one Gram matrix; everything in the order in which columns are decided."""
 
-    factor: Float[Tensor, "in in"]
-    """U, float64."""
+    root: Float[Tensor, "in in"]
+    """R, float64."""
     order: Int[Tensor, " in"]
     """Place → column of the weight."""
     dead: Bool[Tensor, " in"]
@@ -48,11 +49,30 @@ class Feedback:
     added: float
     """λ, in the unit of the Gram matrix."""
 
-    def loss(self, errors: Float[Tensor, "in out"], off: Float[Tensor, "out in"]) -> float:
-        """tr((W - W') G (W - W')ᵀ), from the errors of a sweep and ``off`` = W - W': the damping's share is taken
-        out."""
-        errors, off = (torch.linalg.vector_norm(x, dtype=torch.float64) for x in (errors, off))  # no square in float32
-        return max(float(errors**2 - self.added * off**2), 0.0)  # what is negative is rounding
+    @property
+    def own(self) -> Float[Tensor, " in"]:
+        """R_ii: an error of 1 in a column costs its square."""
+        return self.root.diagonal()
+
+    def inverse(self) -> Float[Tensor, "in in"]:
+        """U = R⁻ᵀ, upper triangular: an error e in column i moves a later column j by -e U_ij / U_ii."""
+        identity = torch.eye(len(self.root), dtype=self.root.dtype, device=self.root.device)
+        return torch.linalg.solve_triangular(self.root, identity, upper=False).T
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep leaves."""
+
+    off: Float[Tensor, "in out"]
+    """W - W', in the order of the sweep."""
+    cost: float
+    """tr((W - W') H (W - W')ᵀ), the damping's share included."""
+
+    def loss(self, spread: Feedback) -> float:
+        """tr((W - W') G (W - W')ᵀ): the damping's share is taken out."""
+        off = torch.linalg.vector_norm(self.off, dtype=torch.float64)  # no square in float32
+        return max(float(self.cost - spread.added * off**2), 0.0)  # what is negative is rounding
 
 
 def feedback(gram: Float[Tensor, "in in"], *, damping: float, loudest_first: bool) -> Feedback:
@@ -88,25 +108,23 @@ def feedback(gram: Float[Tensor, "in in"], *, damping: float, loudest_first: boo
                 "power on its diagonal; calibrate in float32 on more text"
             )
         damping = min(max(10 * damping, 1e-6), LARGEST_DAMPING)
-    del damped, diagonal
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return Feedback(factor, order, dead, damping, damping * mean)
+    return Feedback(lower.flip(0, 1).T, order, dead, damping, damping * mean)
 
 
-def sweep(
-    weight: Float[Tensor, "out in"], spread: Feedback, decide: Decide, *, block: int = 128
-) -> Float[Tensor, "in out"]:
-    """Decide all columns; the errors e, in the order of the sweep.  What was decided only `decide` knows."""
+def sweep(weight: Float[Tensor, "out in"], spread: Feedback, decide: Decide, *, block: int = 128) -> Swept:
+    """Decide all columns.  What was decided only `decide` knows."""
     columns = weight.T[spread.order].contiguous()
-    factor = spread.factor.to(weight.dtype)
-    own = factor.diagonal().tolist()
-    errors = torch.empty_like(columns)
+    own = spread.own.to(weight.dtype)
+    follows = (spread.root / spread.own[:, None]).to(weight.dtype)
+    off, cost = torch.empty_like(columns), own.new_zeros((), dtype=torch.float64)
     for start in range(0, len(columns), block):
         end = min(start + block, len(columns))
-        left = torch.addmm(columns[start:end], factor[:start, start:end].T, errors[:start], alpha=-1)
-        inside = factor[start:end, start:end]
+        left = torch.addmm(columns[start:end], follows[start:end, :start], off[:start])
+        inside = follows[start:end, start:end].T.contiguous()
         for i in range(end - start):
-            error = torch.sub(left[i], decide(start + i, left[i:]), out=errors[start + i]).div_(own[start + i])
-            left[i + 1 :].addr_(inside[i, i + 1 :], error, alpha=-1)
-    return errors
+            value = decide(start + i, left[i:])
+            decided = torch.sub(columns[start + i], value, out=off[start + i])
+            left[i + 1 :].addr_(inside[i, i + 1 :], decided)
+            left[i] -= value
+        cost += torch.linalg.vector_norm(left.mul_(own[start:end, None]), dtype=torch.float64) ** 2
+    return Swept(off, float(cost))

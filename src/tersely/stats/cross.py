@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tersely.stats.gram import add_moment
+
 
 class Cross:
     """Sums of x x̂ᵀ and x xᵀ, each ``[width, width]``, float64; products are formed as in `Gram`."""
@@ -27,7 +29,7 @@ class Cross:
         """`x` is what was read, `dense` what the dense model would have read, token by token."""
         x, dense = (t if t.dtype == torch.float64 else t.float() for t in (x, dense))
         self._sum += dense.T @ x
-        self._dense += dense.T @ dense
+        add_moment(self._dense, dense)
         self.tokens += x.shape[0]
 
     def merge(self, other: Self) -> None:

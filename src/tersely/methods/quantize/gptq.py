@@ -1,12 +1,13 @@
 """GPTQ: round column by column, and let the columns that are still to come make up for the error.
 
-Minimises  tr((W - W') G (W - W')ᵀ),  G = E[x xᵀ], greedily: with G + λI inverted and factorised as Uᵀ U, column i is
-rounded to its nearest level, e = (w_i - w'_i) / U_ii, and every later column j moves by -e U_ij (`linalg.hessian`).
-The error is exact and comes with the sweep, so `options` runs it for every width.
+Minimises  tr((W - W') G (W - W')ᵀ),  G = E[x xᵀ], greedily: column by column is rounded to the level nearest to what
+makes up best for the errors of those before it (`linalg.hessian`).  The error is exact and comes with the sweep, so
+`options` runs it for every width.
 
-Differences from the authors' code: the grids of all groups are fitted to the given weight beforehand ("static groups"),
-in whichever order columns are taken, so that the order leaves no trace in the result, and the size of blocks neither;
-scales are stored first and codes chosen on the stored ones.  Inputs that were silent throughout get weight zero, as
+Differences from the authors' code: G + λI is factorised and never inverted, which is the same sweep with less work;
+the grids of all groups are fitted to the given weight beforehand ("static groups"), in whichever order columns are
+taken, so that the order leaves no trace in the result, and the size of blocks neither; scales are stored first and
+codes chosen on the stored ones.  Inputs that were silent throughout get weight zero, as
 theirs do, but the value that replaces their diagonal entry is the mean power, not 1, so that the result does not depend
 on the scale of the activations.  If every input was silent, nothing is known of any: all directions count alike, which
 is rounding to nearest.  If G + λI has no Cholesky factor, λ grows tenfold with a warning, to the mean power at most;
@@ -147,9 +148,8 @@ def rounded_with_feedback(
         value = grid.placed(code, weight.dtype).sub_(zero).mul_(scale)
         return value if stretch is None else value.mul_(stretch[column])
 
-    errors = sweep(weight, spread, decide, block=block)
+    lost = sweep(weight, spread, decide, block=block).loss(spread)
     codes = codes.T.contiguous()
-    lost = spread.loss(errors, weight - grid.levels(codes))
     if not math.isfinite(lost):
         raise NumericalError("the error feedback diverged; give a larger damping, or round to nearest")
     return codes, lost

@@ -46,7 +46,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -107,15 +107,16 @@ def column_graph(
     weight = weight.double()
     squares = weight.square()
     mean = squares.mean(0).clamp(min=squares.mean().clamp(min=1e-300) * FLOOR)
-    own = torch.empty_like(power).index_copy_(0, spread.order, spread.factor.diagonal())
-    passed = spread.factor.square().sum(0) / spread.factor.diagonal().square()  # its own share is 1
+    own = torch.empty_like(power).index_copy_(0, spread.order, spread.own)
+    factor = spread.inverse()
+    passed = factor.square().sum(0) * spread.own.square()  # its own share is 1
     features = torch.stack(
         [
             _centred(mean.sqrt()),
             (weight.abs().amax(0).square() / mean).clamp(min=1.0).log() / 2,
             (squares / mean).square().mean(0).clamp(min=1.0).log(),
             _centred(power.sqrt()),
-            _centred(1 / own),
+            _centred(own),
             _centred(costs[:, min(1, costs.shape[1] - 1)]),
             torch.empty_like(power).index_copy_(0, spread.order, passed.log()),
         ],
@@ -125,16 +126,17 @@ def column_graph(
     costs = costs / unit if unit > 0 else costs
     if not torch.isfinite(features).all() or not torch.isfinite(costs).all():
         raise NumericalError("the features of a weight's columns are not finite; calibrate in float32 on more text")
-    reach = adjacency(spread) if edges else None
+    reach = adjacency(factor, spread.order) if edges else None
     return ColumnGraph(features if reach is None else torch.sparse.mm(reach, features), reach, costs)
 
 
-def adjacency(spread: Feedback) -> Float[Tensor, "columns columns"]:
-    """Ã, sparse, of columns as they stand in the weight."""
-    factor = spread.factor
+def adjacency(
+    factor: Float[Tensor, "columns columns"], order: Int[Tensor, " columns"]
+) -> Float[Tensor, "columns columns"]:
+    """Ã, sparse, of columns as they stand in the weight; U has them in their order."""
     moves = (factor / factor.diagonal()).square()
     strength = torch.empty_like(moves)
-    strength[spread.order[:, None], spread.order] = moves + moves.T
+    strength[order[:, None], order] = moves + moves.T
     strength.fill_diagonal_(0.0)
     count = len(strength)
     strongest = strength.topk(min(NEIGHBOURS, count)).indices

@@ -226,9 +226,9 @@ class MixedColumns:
         live = wide(weight).masked_fill(spread.dead, 0.0).contiguous()
         largest = live.abs().max()
         unit = live * 2.0 ** -int(torch.frexp(largest).exponent) if largest > 0 else live
-        own = torch.empty_like(spread.factor.diagonal())
-        own[spread.order] = spread.factor.diagonal()
-        costs = torch.stack([self._lost(unit, width) / own.square() for width in self.widths], 1)
+        own = torch.empty_like(spread.own)
+        own[spread.order] = spread.own
+        costs = torch.stack([self._lost(unit, width) * own.square() for width in self.widths], 1)
         graph = None
         if self.network != "none":
             power = gram.double().diagonal()

@@ -14,7 +14,7 @@ leaving out any other changes nothing but its own share, so that one weight at a
 cost of three grids, not of as many as a group has weights.  A group may hold several outliers that hide each other, so
 they are taken in rounds, `ROUNDS` parts of them, each on the grids that the former leave.
 
-What an entry costs in a sweep is |w - level(w)| / U_ii, with w the weight at its turn: its square is what rounding it
+What an entry costs in a sweep is R_ii |w - level(w)|, with w the weight at its turn: its square is what rounding it
 adds to the output error once all later columns have made up for it (`linalg.hessian`).
 """
 
@@ -170,7 +170,7 @@ def swept(
     zeros = grid.zeros(weight.dtype).T.contiguous()
     given = None if outliers is None else outliers.T.contiguous()
     columns, size = spread.order.tolist(), group_size(weight.shape[1], grid.group)
-    own = spread.factor.diagonal().tolist()
+    own = spread.own.tolist()
     codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
     values, costs = torch.empty_like(weight.T), torch.empty_like(weight.T)
 
@@ -180,7 +180,7 @@ def swept(
         code = nearest_codes(value, scale, zero, grid.top)
         rounded = (code - zero).mul_(scale)
         values[column] = value
-        cost = torch.sub(value, rounded, out=costs[column]).div_(own[place]).abs_()
+        cost = torch.sub(value, rounded, out=costs[column]).mul_(own[place]).abs_()
         out = cost > threshold if given is None else given[column]
         codes[column] = torch.where(out, zero, code)
         return torch.where(out, value, rounded)

@@ -133,7 +133,7 @@ class SpQR:
             raise NumericalError("the weight has entries that are not finite; repair the checkpoint first")
         count = outlier_count(self.share, (weight.shape[0], weight.shape[1]))
         prices = torch.empty(values.shape[1], dtype=torch.float64, device=values.device)
-        prices[spread.order] = spread.factor.diagonal().square().reciprocal()
+        prices[spread.order] = spread.own.square()
         outliers, least = left_out(values, prices[None], count, bits, self.group, self.grid)
         if self.search == "sweep":
             grid = fit_grid(values.masked_fill(outliers, 0.0), bits, self.group, self.grid)
