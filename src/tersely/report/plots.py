@@ -343,7 +343,7 @@ def spectra(run: Run) -> Plot | None:
             cuts = [line["cut"][0] for line in lines if line["cut"]]
             alt = (
                 f"Error left by every {_amount_name(sites)} in {projection}, one line for each of {len(lines)} layers; "
-                + (f"cut between {min(cuts):g} and {max(cuts):g}, at {len(cuts)} of them." if cuts else "none is cut.")
+                + (f"{_between(cuts)}, {len(cuts)} of them." if cuts else "none is cut.")
             )
             views.append({"choice": [label, projection], "alt": alt, "lines": lines, "across": _amount_name(sites)})
     note = (
@@ -351,6 +351,11 @@ def spectra(run: Run) -> Plot | None:
         "where it was cut, at the loss that was predicted, or else measured; a line without one was left dense."
     )
     return Plot("spectra", "spectra", "Spectra and cuts", views, note, ["step", "projection"]) if views else None
+
+
+def _between(cuts: Sequence[float]) -> str:
+    least, most = min(cuts), max(cuts)
+    return f"cut at {least:g}" if least == most else f"cut between {least:g} and {most:g}"
 
 
 def _line(place: Placed) -> View:
