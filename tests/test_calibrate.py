@@ -17,7 +17,7 @@ from tersely.checkpoint import ForeignNamesError, Source, open_source, rewrite_n
 from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LowRankLinear, Made
 from tersely.recipe import Calibration
-from tersely.stats import STATISTICS, AbsMax, Gram, Power, Stats
+from tersely.stats import STATISTICS, AbsMax, Cross, Gram, Power, Stats
 
 every_family = pytest.mark.parametrize("family", TINY)
 
@@ -172,6 +172,40 @@ def test_looking_twice_sees_the_same(family, case):
         assert replay.at == 0
         looks.append([stats[Gram].mean() for _, stats in watched.values()])
     assert equal(*looks)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@every_family
+def test_what_comes_behind_the_last_read_is_computed_for_nobody(family, beside, case):
+    """Looking at the first input alone sees what a whole run sees, and the rest of the block runs for one batch."""
+    tried = case(family)
+    replay, blocks = replay_of(tried), blocks_of(tried)
+    key, sites = next(iter(tried.anatomy.inputs(0)))
+    *_, last = (sites for _, sites in tried.anatomy.inputs(0))
+    found, ran = [], []
+    for advance in (False, True):
+        block = blocks.dense(0)
+        prefix = f"{tried.anatomy.blocks[0]}."
+        ends = outputs_of(block.get_submodule(last[-1].name.removeprefix(prefix)))
+        watched = watch_list(tried.anatomy, 0, sites, [Cross if beside else Gram], "cpu")
+        other = (replay.fork(), blocks.dense(0)) if beside else None
+        replay.observe(block, watched, advance=advance, beside=other)
+        found.append(watched[key][1])
+        ran.append(len(ends))
+    kind = Cross if beside else Gram
+    assert equal([found[0][kind].mean()], [found[1][kind].mean()])
+    if family not in ("mixtral", "qwen3_moe"):  # an expert runs for the batches that are sent to it
+        assert ran == [1, -(-ROWS // AT_ONCE)]
+
+
+def test_a_block_that_reads_twice_is_seen_twice(case):
+    tried = case("llama")
+    replay, block = replay_of(tried), blocks_of(tried).dense(0)
+    run = block.forward
+    block.forward = lambda *given, **named: (run(*given, **named), run(*given, **named))[1]
+    watched = watch_list(tried.anatomy, 0, tried.anatomy.sites, [Gram], "cpu")
+    replay.observe(block, watched, advance=False)
+    assert {stats.tokens for _, stats in watched.values()} == {2 * ROWS * LENGTH}
 
 
 def test_a_block_is_followed_by_what_it_was_replaced_with(case):

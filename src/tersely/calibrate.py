@@ -144,18 +144,23 @@ class Replay:
         """Run `block`, the one at `at`, over the stream.
 
         `inputs`: key → (path inside the block of a linear that reads this input, statistics to update).  With `advance`
-        the outputs become the stream before the next block.  `beside`: the dense stream at the same block and that
-        block as it was; statistics then see both versions of every input.  Raises NumericalError where outputs are not
-        finite.
+        the outputs become the stream before the next block; without, a batch ends with the last input to be seen.
+        `beside`: the dense stream at the same block and that block as it was; statistics then see both versions of
+        every input.  Raises NumericalError where outputs are not finite.
         """
         dense: dict[str, Tensor] = {}
         shape = [0, 0]
-        with _watching(block, inputs, dense, shape):
+        here, there = _Reads(inputs), _Reads(inputs)
+        with _watching(block, inputs, dense, shape, here):
             for i in range(len(self._hidden)):
                 shape[:] = self._hidden[i].shape[:2]
                 if beside is not None:
-                    dense.update(beside[0]._inputs_of(beside[1], i, inputs))
-                out = self._run(block, i)
+                    dense.update(beside[0]._inputs_of(beside[1], i, inputs, there))
+                out = None
+                with here.of_batch(whole=advance):
+                    out = self._run(block, i)
+                if out is None:
+                    continue
                 if not torch.isfinite(out).all():
                     raise NumericalError(
                         f"{self._anatomy.blocks[self.at]}: the hidden state is not finite for calibration batch {i}; "
@@ -180,16 +185,23 @@ class Replay:
         out: Tensor = block(self._hidden[batch].to(self._device), *arguments, **keywords)
         return out
 
-    def _inputs_of(self, block: nn.Module, batch: int, inputs: Mapping[str, tuple[str, Stats]]) -> dict[str, Tensor]:
+    def _inputs_of(
+        self, block: nn.Module, batch: int, inputs: Mapping[str, tuple[str, Stats]], reads: "_Reads"
+    ) -> dict[str, Tensor]:
         """What the watched linears of `block` read of one batch."""
         read: dict[str, Tensor] = {}
 
-        def note(key: str) -> Any:
-            return lambda module, arguments: read.update({key: arguments[0].flatten(0, -2)})
+        def watch(key: str) -> Any:
+            def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                read[key] = arguments[0].flatten(0, -2)
+                reads.note(key)
 
-        hooks = [block.get_submodule(path).register_forward_pre_hook(note(key)) for key, (path, _) in inputs.items()]
+            return note
+
+        hooks = [block.get_submodule(path).register_forward_pre_hook(watch(key)) for key, (path, _) in inputs.items()]
         try:
-            self._run(block, batch)
+            with reads.of_batch(whole=False):
+                self._run(block, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -303,12 +315,46 @@ def watch_list(
     return watched
 
 
+class _Enough(Exception):
+    """All that was to be seen of a batch has been seen."""
+
+
+class _Reads:
+    """When everything has been read.  The first batch runs to its end; if it read each input once, so will others, and
+    they are stopped at the last of these reads: what comes behind it is computed for nobody."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._keys = sorted(keys)
+        self._read: list[str] = []
+        self._once = self._stops = False
+
+    @contextmanager
+    def of_batch(self, *, whole: bool) -> Iterator[None]:
+        """Around the run of a batch, which may be stopped unless all of it is wanted."""
+        self._read, self._stops = [], self._once and not whole
+        try:
+            yield
+        except _Enough:
+            return
+        self._once = sorted(self._read) == self._keys
+
+    def note(self, key: str) -> None:
+        """Told by whoever watches, when it is done with an input."""
+        self._read.append(key)
+        if self._stops and len(self._read) == len(self._keys):
+            raise _Enough
+
+
 @contextmanager
 def _watching(
-    block: nn.Module, inputs: Mapping[str, tuple[str, Stats]], dense: Mapping[str, Tensor], shape: Sequence[int]
+    block: nn.Module,
+    inputs: Mapping[str, tuple[str, Stats]],
+    dense: Mapping[str, Tensor],
+    shape: Sequence[int],
+    reads: _Reads,
 ) -> Iterator[None]:
     """Statistics are updated as the block runs; `dense` holds the dense version of the present batch, if there is
-    one, and `shape` says how many windows of how many tokens it has."""
+    one, `shape` says how many windows of how many tokens it has, and `reads` is told."""
 
     def watch(key: str, stats: Stats) -> Any:
         def update(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -317,6 +363,7 @@ def _watching(
             stats.update(
                 x.unflatten(0, tuple(shape)) if x.ndim == 2 and len(x) == math.prod(shape) else x, dense.get(key)
             )
+            reads.note(key)
 
         return update
 

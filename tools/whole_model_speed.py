@@ -1,0 +1,105 @@
+r"""Seconds of quantizing a whole model, statistics included: our methods beside the packages of the same algorithm.
+
+    python tools/whole_model_speed.py MODEL --calibrate TEXT --peers bench/peers [--width 4] [--rounds 3] [--out F.md]
+
+`tersely bench quantize` lets all ways share one calibration, so that its seconds cannot be held against a package that
+gathers its own.  Here every run starts from nothing: ours and theirs take turns, round after round, and the fastest run
+of each counts.
+
+Of a package that is the time of its own call, on a model that is open and windows that are in memory.  Of ours two
+figures: "quantizing" is the same, statistics and codes; "all of it" also reads text and checkpoint, writes the folder
+safely to disk, and reports.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tersely.bench import Entry, Setting
+from tersely.bench.peers import Dequantized, Peer, dequantized, peers_in
+from tersely.journal import commit_text
+from tersely.pipeline import run
+from tersely.prepare import prepare
+from tersely.recipe import Calibration
+
+PAIRS: tuple[tuple[str, dict[str, Any], Entry], ...] = (
+    ("hqq", {}, Entry("hqq", propagate="none", sizes=None)),
+    ("sinq", {}, Entry("sinq", propagate="none", sizes=None)),
+    ("llmcompressor", {"algorithm": "gptq"}, Entry("gptq", propagate="none", sizes=None)),
+    ("llmcompressor", {"algorithm": "gptq"}, Entry("gptq", propagate="input", sizes=None)),
+)
+"""Package, its settings, and ours by the same algorithm: on the inputs of the dense model, and behind what is quantized
+already, as llmcompressor does."""
+QUANTIZING = ("replay", "curves", "allocate", "factorise")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--calibrate", nargs="+", required=True)
+    parser.add_argument("--peers", type=Path, required=True)
+    parser.add_argument("--width", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="a Markdown file that gets the table, too")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    lines = [f"Regenerate with `{shlex.join(['python', 'tools/whole_model_speed.py', *sys.argv[1:]])}`.", ""]
+    for line in table(given):
+        print(line, flush=True)
+        lines.append(line)
+    if given.out is not None:
+        commit_text(given.out, "\n".join(lines) + "\n")
+
+
+def table(given: argparse.Namespace) -> Iterator[str]:
+    calibration = Calibration(source=given.calibrate, samples=given.samples, length=given.length, order="first")
+    setting = Setting(given.model, calibration)
+    yield (
+        f"{given.width} bits in groups of 64; {given.samples} windows of {given.length}; {given.threads} threads, "
+        f"{given.rounds} rounds, the fastest of each; torch {torch.__version__}"
+    )
+    yield from (
+        "",
+        "| package | its seconds | ours | quantizing, s | all of it, s | package / quantizing | package / all of it |",
+        "|---|--:|---|--:|--:|--:|--:|",
+    )
+    for package, settings, entry in PAIRS:
+        (peer,) = (
+            one
+            for one in peers_in(given.peers)
+            if one.package == package and one.options == {"width": given.width, "group": 64, **settings}
+        )
+        theirs, inner, whole = fastest(peer, entry, setting, given)
+        yield (
+            f"| {peer.package} | {theirs:.2f} | {entry.way} | {inner:.2f} | {whole:.2f} | {theirs / inner:.2f} | "
+            f"{theirs / whole:.2f} |"
+        )
+
+
+def fastest(peer: Peer, entry: Entry, setting: Setting, given: argparse.Namespace) -> tuple[float, float, float]:
+    """The package's seconds, ours of quantizing, and ours of everything."""
+    theirs, inner, whole = [], [], []
+    for _ in range(given.rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            found = dequantized(peer, setting, Path(scratch, "theirs"))
+            if not isinstance(found, Dequantized):
+                raise SystemExit(f"{peer.package}: {next(iter(found.values()))}")
+            theirs.append(found.costs["seconds"])
+            sized = Entry(entry.method, entry.allocate, entry.propagate, {"width": given.width}, sizes=None)
+            seconds = run(prepare(sized.recipe(setting, None), Path(scratch, "ours"))).report.seconds
+            inner.append(sum(seconds.get(stage, 0.0) for stage in QUANTIZING))
+            whole.append(seconds["everything"])
+    return min(theirs), min(inner), min(whole)
+
+
+if __name__ == "__main__":
+    main()
