@@ -16,6 +16,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from tersely.bench import Entry, Setting
 from tersely.bench.peers import Dequantized, Peer, dequantized, peers_in
 from tersely.journal import commit_text
+from tersely.methods import METHODS
 from tersely.pipeline import run
 from tersely.prepare import prepare
 from tersely.recipe import Calibration
@@ -95,7 +97,10 @@ def fastest(peer: Peer, entry: Entry, setting: Setting, given: argparse.Namespac
                 raise SystemExit(f"{peer.package}: {next(iter(found.values()))}")
             theirs.append(found.costs["seconds"])
             sized = Entry(entry.method, entry.allocate, entry.propagate, {"width": given.width}, sizes=None)
-            seconds = run(prepare(sized.recipe(setting, None), Path(scratch, "ours"))).report.seconds
+            recipe = sized.recipe(setting, None)
+            if not METHODS[entry.method]().needs:  # text would be read only to measure errors
+                recipe = replace(recipe, calibration=Calibration())
+            seconds = run(prepare(recipe, Path(scratch, "ours"))).report.seconds
             inner.append(sum(seconds.get(stage, 0.0) for stage in QUANTIZING))
             whole.append(seconds["everything"])
     return min(theirs), min(inner), min(whole)
