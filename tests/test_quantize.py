@@ -478,6 +478,15 @@ def test_the_squares_of_the_errors_add_up_to_the_whole():
     assert swept.loss(spread) == pytest.approx((off @ gram @ off.T).trace().item(), rel=1e-10)
 
 
+@every_form
+def test_ranges_are_searched_for_row_by_row(form, monkeypatch):
+    weight = normal(9, 100)
+    whole = fit_grid(weight, 2, 32, form, shrink=True)
+    monkeypatch.setattr("tersely.linalg.grid.AT_ONCE", 250)
+    few = fit_grid(weight, 2, 32, form, shrink=True)
+    assert torch.equal(few.levels(few.nearest(weight)), whole.levels(whole.nearest(weight)))
+
+
 @pytest.mark.parametrize("act_order", [True, False])
 def test_the_size_of_blocks_changes_nothing(act_order):
     weight, stats = normal(6, 100), observed(correlated(100))

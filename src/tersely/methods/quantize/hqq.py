@@ -35,15 +35,13 @@ from torch import Tensor
 
 from tersely.errors import RecipeError
 from tersely.kinds.quantized import QuantizedLinear
-from tersely.linalg.grid import Grid, fit_grid, float_zeros, in_groups, nearest_codes, wide, without_columns
+from tersely.linalg.grid import AT_ONCE, Grid, fit_grid, float_zeros, in_groups, nearest_codes, wide, without_columns
 from tersely.methods.quantize.widths import WIDTHS, StoredScale, check_grid, check_scale, sizes_of, width_of
 from tersely.option import Option
 from tersely.stats import Statistic, Stats
 
 SMALLEST = 1e-5
 """Errors below count as this under a negative power; in units of the weight's deviation."""
-AT_ONCE = 2**17
-"""Weights whose zero points are sought together: what a processor's cache holds of the few tensors that it takes."""
 
 
 @dataclass(frozen=True)
