@@ -297,7 +297,10 @@ def _note_spectra(job: Job, targets: Sequence[Target], stats: Mapping[str, Stats
         if target.name not in unit.done or not any(one.specs[""]["kind"] in FACTORS for one in made):
             continue
         with clock("spectra"):
-            spectrum = target.spectrum(dense_weights(job, target), stats)
+            try:
+                spectrum = target.spectrum(dense_weights(job, target), stats)
+            except (NumericalError, torch.linalg.LinAlgError):  # no reason to lose what was made: it is only shown
+                continue
         if spectrum is not None:
             unit.spectra[target.name] = spectrum
 
