@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tersely.anatomy import Anatomy, Site
@@ -162,8 +163,9 @@ class Replay:
                 if out is None:
                     continue
                 if not torch.isfinite(out).all():
+                    where = (*self._anatomy.blocks, "the final norm")[self.at]
                     raise NumericalError(
-                        f"{self._anatomy.blocks[self.at]}: the hidden state is not finite for calibration batch {i}; "
+                        f"{where}: the hidden state is not finite for calibration batch {i}; "
                         "calibrate in bfloat16 or float32"
                     )
                 if advance:
@@ -218,7 +220,7 @@ class Blocks:
         self._skeleton = source.skeleton()
 
     def dense(self, index: int) -> nn.Module:
-        """A block as the source has it."""
+        """A block as the source has it; behind the last one, `Tail`."""
         return self.cut(index, {})
 
     def cut(self, index: int, replaced: Mapping[str, Made]) -> nn.Module:
@@ -226,6 +228,8 @@ class Blocks:
 
         Those outside of it matter where it reads a factor that another block owns.
         """
+        if index == len(self._anatomy.blocks):
+            return Tail(self._source, self._anatomy, self._device).eval()
         prefix = f"{self._anatomy.blocks[index]}."
         block = copy.deepcopy(self._skeleton.get_submodule(prefix[:-1]))
         state = self._source.state(prefix)
@@ -254,6 +258,24 @@ class Blocks:
                 state |= {f"{inside}.{part}": tensor for part, tensor in made.state.items()}
         fill(owner, state, self._device)
         return owner.eval()
+
+
+class Tail(nn.Module):
+    """What turns the hidden state behind the last block into the input of the head: the final norm, and whatever else
+    the base model does there.  `head` stands where the head reads."""
+
+    def __init__(self, source: Source, anatomy: Anatomy, device: str) -> None:
+        super().__init__()
+        self._base = _without_blocks(source, anatomy, device)
+        self._anatomy = anatomy
+        self.head = nn.Identity()
+
+    def forward(self, hidden: Float[Tensor, "batch length width"], tokens: Int[Tensor, "batch length"]) -> Tensor:
+        """The model's base is run with `hidden` in the place of whatever the blocks would make."""
+        with _stubbed(self._base, self._anatomy, lambda *arguments, **keywords: hidden):
+            returned: Tensor = self._base(tokens, use_cache=False)[0]
+        read: Tensor = self.head(returned)
+        return read
 
 
 class StatisticsStore:
@@ -305,13 +327,14 @@ def watch_list(
     foreign = [kind.__name__ for kind in needs if keyed_by(kind) != "input"]
     if foreign:
         raise ValueError(f"{', '.join(foreign)}: no statistic of inputs; gradients are gathered by `gradients.gather`")
-    prefix = f"{anatomy.blocks[block]}."
+    outside = block == len(anatomy.blocks)
+    prefix = "" if outside else f"{anatomy.blocks[block]}."
     chosen = {site.reads for site in wanted}
     watched = {}
     for key, sites in anatomy.inputs(block):
         if key in chosen:
             stats = Stats({kind: kind(sites[0].in_features, device) for kind in needs})
-            watched[key] = (sites[0].name.removeprefix(prefix), stats)
+            watched[key] = ("head" if outside else sites[0].name.removeprefix(prefix), stats)
     return watched
 
 
@@ -399,7 +422,7 @@ def _buffers_to(module: nn.Module, device: str) -> None:
 
 @torch.no_grad()
 def _note(base: nn.Module, anatomy: Anatomy, rows: Tensor) -> tuple[Tensor, list[_Call]]:
-    """Hidden state before the first block, and the arguments of every block."""
+    """Hidden state before the first block, and the arguments of every block and of what comes behind the last."""
     calls: list[_Call] = []
     first: list[Tensor] = []
 
@@ -409,15 +432,22 @@ def _note(base: nn.Module, anatomy: Anatomy, rows: Tensor) -> tuple[Tensor, list
         calls.append(_Call(arguments, keywords))
         return hidden
 
+    with _stubbed(base, anatomy, stub):
+        base(rows, use_cache=False)
+    return first[0], [*calls, _Call((rows,), {})]  # the last one is that of `Tail`
+
+
+@contextmanager
+def _stubbed(base: nn.Module, anatomy: Anatomy, stub: Any) -> Iterator[None]:
+    """Within, every block does what `stub` does."""
     blocks = list(base.get_submodule(_common_path(anatomy, base)).children())
     for block in blocks:
         block.forward = stub
     try:
-        base(rows, use_cache=False)
+        yield
     finally:
         for block in blocks:
             del block.forward
-    return first[0], calls
 
 
 def _common_path(anatomy: Anatomy, base: nn.Module) -> str:

@@ -103,9 +103,15 @@ class Source:
         """The model as its library makes it, without any module of ours."""
         return _skeleton(self.config, {})
 
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Name of a parameter that is another one under a second name → its name in `stored`."""
+        tied = dict(getattr(self.skeleton(), "all_tied_weights_keys", {}))
+        return {name: original for name, original in tied.items() if original in self.stored}
+
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the model, floating ones in `dtype`."""
-        tensor = _read(self.stored[name])
+        tensor = _read(self.stored[name if name in self.stored else self.ties[name]])
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def state(self, prefix: str) -> State:

@@ -133,6 +133,8 @@ def _memory(recipe: Recipe, found: Examined) -> int:
     work = max(
         DOUBLE * (3 * s.in_features * s.out_features + 3 * min(s.in_features, s.out_features) ** 2) for s in first
     )
+    # codes and levels of all of a table at once
+    work = max([work, *(4 * 4 * s.in_features * s.out_features for s in _sites(found) if s in anatomy.outside)])
     refined = _refining(recipe, block // itemsize, hidden * itemsize, source)
     return PROCESS + outside + 2 * block + stream + grams + max(batch, work) + refined + _at_once(recipe, found)
 

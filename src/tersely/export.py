@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from tersely.checkpoint import Edit, Source, State, locate, open_source, write_model
 from tersely.deltas.folder import open_any, outermost
 from tersely.errors import CheckpointError, RecipeError, unknown
-from tersely.kinds import DenseLinear, LinearKind, LowRankLinear, Made, SumLinear, dense_weight, link
+from tersely.kinds import (
+    DenseLinear,
+    LinearKind,
+    LowRankLinear,
+    Made,
+    QuantizedEmbedding,
+    SumLinear,
+    dense_weight,
+    link,
+    link_tables,
+)
 from tersely.recipe import parse_size, read_recipe
 from tersely.train.peft_format import Update, write_adapter
 
@@ -43,6 +53,7 @@ def _dense(source: Source, destination: Path) -> None:
     places = dict(source.stock_skeleton().named_modules())
     modules = {name: _module(source, name) for name in outermost(source.manifest)}
     link(nn.ModuleList(modules.values()))
+    link_tables(nn.ModuleList(modules.values()))
     odd = [name for name, module in modules.items() if not _fits(module, places.get(name))]
     if odd:
         raise CheckpointError(
@@ -105,7 +116,11 @@ def _below(name: str, outer: str) -> bool:
 
 
 def _fits(module: nn.Module, place: nn.Module | None) -> bool:
-    if not isinstance(module, LinearKind) or place is None:
+    if place is None:
+        return False
+    if isinstance(module, QuantizedEmbedding):
+        return tuple(place.get_parameter("weight").shape) == (module.num_embeddings, module.embedding_dim)
+    if not isinstance(module, LinearKind):
         return False
     weight = place.get_parameter("weight")
     return tuple(weight.shape) in {
@@ -115,6 +130,8 @@ def _fits(module: nn.Module, place: nn.Module | None) -> bool:
 
 
 def _plain(module: nn.Module, place: nn.Module, dtype: torch.dtype) -> State:
+    if isinstance(module, QuantizedEmbedding):
+        return {"weight": module.to_dense().to(dtype)}
     weight = dense_weight(module).to(dtype)
     biases = [tensor for name, tensor in module.state_dict().items() if name.rpartition(".")[2] == "bias"]
     # GPT-2's linears are stored (in, out)

@@ -76,11 +76,19 @@ class _Loader(importlib.abc.Loader):
 
 
 def _renamed(manifest: dict[str, dict[str, Any]], model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
-    """The manifest of a model with a head, for the bare model, and the other way round."""
+    """The manifest of a model with a head, for the bare model or one with another head, and the other way round.  What
+    stands in a head that the model does not have is left out."""
     prefix = f"{model.base_model_prefix}."
     if model.base_model is model:
-        return {name.removeprefix(prefix): spec for name, spec in manifest.items()}
-    return {n if hasattr(model, n.partition(".")[0]) else prefix + n: spec for n, spec in manifest.items()}
+        bare = {name.removeprefix(prefix): spec for name, spec in manifest.items()}
+        return {name: spec for name, spec in bare.items() if hasattr(model, name.partition(".")[0])}
+    here = {name: name if hasattr(model, name.partition(".")[0]) else prefix + name for name in manifest}
+    base = model.base_model
+    return {
+        here[name]: spec
+        for name, spec in manifest.items()
+        if here[name] == name or hasattr(base, name.partition(".")[0])
+    }
 
 
 def _register(tables: ModuleType) -> None:

@@ -96,6 +96,12 @@ class Job:
             self.source, self.anatomy, sites, kinds, self.windows, store, self.device, self.progress
         )
 
+    @property
+    def count(self) -> int:
+        """Units of work: the blocks, and one more for what is outside of them, if that is a target."""
+        blocks = len(self.anatomy.blocks)
+        return blocks + any(target.block == blocks for target in self.targets)
+
     def in_block(self, index: int) -> tuple[Target, ...]:
         return tuple(target for target in self.targets if target.block == index)
 
@@ -127,7 +133,7 @@ def dense_statistics(
 def _of_each_block(
     job: Job, blocks: Blocks, needs: Sequence[type[Statistic]], clock: "Clock"
 ) -> Iterator[tuple[int, Mapping[str, Stats]]]:
-    count = len(job.anatomy.blocks)
+    count = job.count
     inputs = of_inputs(needs)
     if not inputs or job.windows is None:
         yield from ((index, gradients_of(job, index, clock)) for index in range(count))
@@ -138,16 +144,20 @@ def _of_each_block(
         if job.store is not None and job.store.has(index, inputs):
             yield index, job.store.read(index, inputs, job.device) | gradients
             continue
+        outside = index == len(job.anatomy.blocks)
+        if outside and not job.anatomy.inputs(index):
+            yield index, gradients
+            continue
         with clock("replay"):
             replay = replay or Replay(job.source, job.anatomy, job.windows, job.device)
             while replay.at < index:
                 replay.observe(blocks.dense(replay.at), {}, advance=True)
             # a shared store serves every later choice of targets, so it is given all inputs of the block
             shared = job.store is not None and job.store.shared
-            wanted = job.anatomy.sites if shared else job.sites_in_block(index)
+            wanted = (*job.anatomy.sites, *job.anatomy.outside) if shared else job.sites_in_block(index)
             kinds = inputs if job.store is None else of_inputs(job.needs)
             watched = watch_list(job.anatomy, index, wanted, kinds, job.device)
-            replay.observe(blocks.dense(index), watched, advance=True)
+            replay.observe(blocks.dense(index), watched, advance=not outside)
         stats = {key: of_input for key, (_, of_input) in watched.items()}
         if job.store is not None:
             job.store.write(index, stats)

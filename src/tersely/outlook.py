@@ -4,7 +4,7 @@ A recipe is checked as a whole before anything is done: a step that finds no tar
 step before it has left nothing there to compress, must not be noticed after hours of work on the steps before it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from tersely.kinds.attention import LINEARS, Attention
 from tersely.methods import METHODS, FormsUnits
 from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
 from tersely.steps.compressing import budget_bytes, targets_of, units_of
+from tersely.steps.outside import check_outside
 from tersely.steps.training import settings_of
 from tersely.tables import build_allocator
 from tersely.train.relax.full import Full, refuse_shared
@@ -107,6 +108,7 @@ class Outlook:
                 f"step {step.name!r}: a difference to a base needs the fine-tuned model as it was trained, and an "
                 "earlier step replaces its linears"
             )
+        check_outside(step, built, self._anatomy, self._source.dtype.itemsize)
         if step.method in METHODS:
             sites = list(self._anatomy.select(step.target))
             leaves = built.leaves
@@ -136,7 +138,22 @@ class Outlook:
                     yield replace(site, name=f"{site.name}.{leaf}", role=f"{site.role}.{leaf}")
 
         kept = tuple(u for u in self._anatomy.units if all(s.name not in chosen for s in u.sites.values()))
-        self._anatomy = replace(self._anatomy, sites=tuple(after()), units=kept)
+        gone = [site for site in self._anatomy.outside if site.name in chosen]
+        self._anatomy = replace(
+            self._anatomy,
+            sites=tuple(after()),
+            units=kept,
+            table=None if any(site.role == "embeddings" for site in gone) else self._anatomy.table,
+            output=None if any(site.role == "head" for site in gone) else self._anatomy.output,
+            unfit=dict(self._anatomy.unfit) | self._unfit(gone, name),
+        )
+
+    def _unfit(self, gone: Sequence[Site], name: str) -> dict[str, str]:
+        """Of what is outside of the blocks, why nothing is left to compress."""
+        words = {site.role for site in gone}
+        if "embeddings" in words and self._anatomy.head_is_tied:
+            words.add("head")
+        return dict.fromkeys(words, f"an earlier step ({name}) has replaced it")
 
     def _reason(self, step: Step) -> str:
         if not self._used or not isinstance(step, MethodStep):

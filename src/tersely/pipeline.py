@@ -328,7 +328,8 @@ def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str,
     recipe, anatomy = prepared.recipe, prepared.anatomy
     selected = {name for done in results for name in done.touched}
     # a later step may address the parts of what an earlier one left behind: what counts is the linear they came from
-    targets = [s for s in anatomy.sites if any(n == s.name or n.startswith(f"{s.name}.") for n in selected)]
+    sites = (*anatomy.sites, *anatomy.outside)
+    targets = [s for s in sites if any(n == s.name or n.startswith(f"{s.name}.") for n in selected)]
     # what trained or was converted may still bear its stock name; what no step put anything in place of was left alone
     changed = {path for done in results for path in (*done.edit.replaced, *done.edit.plain)}
     dense = [s.name for s in targets if not any(_related(s.name, path) for path in changed)]
@@ -350,7 +351,7 @@ def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str,
         coverage=coverage,
         rows=[*_sizes(prepared, [s.name for s in targets], result), *(row for done in results for row in done.sizes)],
         sites=[row for done in results for row in done.rows],
-        kept=[asdict(kept) for kept in anatomy.kept],
+        kept=[asdict(kept) for kept in anatomy.kept_beside(targets)],
         steps=effects,
         degraded=degraded,
         warnings=list(prepared.warnings),
@@ -385,7 +386,8 @@ def _sizes(prepared: Prepared, targets: Sequence[str], result: Source) -> list[R
         codes = [n for n in source.stored if n.startswith(tuple(packed)) and not n.endswith(".bias")]
         return sum(packed.values()) + sum(source.elements(name) for name in source.stored.keys() - set(codes))
 
-    weights = sum(s.out_features * s.in_features for s in prepared.anatomy.sites if s.name in set(targets))
+    sites = (*prepared.anatomy.sites, *prepared.anatomy.outside)
+    weights = sum(s.out_features * s.in_features for s in sites if s.name in set(targets))
     return size_rows(
         (touched(result), touched(before)),
         weights,

@@ -168,7 +168,7 @@ def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | No
     harm: dict[str, dict[int, float]] = {}
     if job.allocator.needs_errors:
         curves = []
-        job.progress("measuring blocks", 0, len(job.anatomy.blocks))
+        job.progress("measuring blocks", 0, job.count)
         for index, stats in dense_statistics(job, blocks, job.method_needs, clock):
             unit = f"curves/{index:04}.json"
             if not job.journal.has(unit):
@@ -185,7 +185,7 @@ def _known(job: Job, blocks: Blocks, clock: "Clock", laboratory: Laboratory | No
                         options, curve, measured = job.journal.read_json(unit), _curve(job, target, measured), {}
                     harm[target.name] = measured
                 curves.append(curve)
-            job.progress("measuring blocks", index + 1, len(job.anatomy.blocks))
+            job.progress("measuring blocks", index + 1, job.count)
     else:
         curves = size_curves(job.targets, itemsize)
     learned = {}

@@ -44,7 +44,8 @@ class MethodStep:
     """Name in the tables of methods and of unit methods."""
 
     target: list[str] = field(default_factory=lambda: ["all"])
-    """Roles ("mlp", "attention.v"), module-name patterns ("*.down"), or "all" linears of the blocks."""
+    """Roles ("mlp", "attention.v"), module-name patterns ("*.down"), "all" linears of the blocks; outside of them
+    "embeddings" and "head"."""
 
     keep: float | None = None
     """Bytes of the targets afterwards, as a fraction of before."""

@@ -13,6 +13,9 @@ at once: they are gathered when first asked for, of the dense model whatever is 
 With `refine` every block that was cut is then trained as a whole, towards what it gave before (see `refine`), and the
 streams go on with what came out of that.
 
+What is outside of the blocks, the token embedding and the head, comes last, as if it were a block behind the last one.
+The head sees what the compressed blocks make, through the final norm.
+
 Every finished block is a unit of the journal, so that a stopped run loses one block at most.
 """
 
@@ -87,8 +90,8 @@ def compress(job: Job, refining: Refining | None = None) -> Outcome:
         outcome.degraded |= unit.degraded
         errors = [error for error in unit.errors.values() if error is not None]
         mean = f", {sum(errors) / len(errors):.4f} mean rel. error" if errors else ""
-        logger.info("block %d/%d: %d targets cut%s", index + 1, len(job.anatomy.blocks), len(unit.done), mean)
-    for index in range(len(job.anatomy.blocks)):
+        logger.info("block %d/%d: %d targets cut%s", index + 1, job.count, len(unit.done), mean)
+    for index in range(job.count):
         if job.journal.has(f"curves/{index:04}.json"):
             offered = job.journal.read_json(f"curves/{index:04}.json")
             outcome.degraded |= {name: why for name, why in offered.items() if isinstance(why, str)}
@@ -130,7 +133,7 @@ class _Streams:
 def _compressed_blocks(
     job: Job, blocks: Blocks, plan: Plan, clock: "Clock", refining: Refining | None
 ) -> Iterator[tuple[int, _Unit]]:
-    count = len(job.anatomy.blocks)
+    count = job.count
     finished = [_read_unit(job, index) for index in range(count)]
     if all(finished) or job.windows is None or job.propagate == "none":
         # a finished block is skipped by its own unit; nothing depends on the ones before
@@ -161,10 +164,10 @@ def _compressed_blocks(
 def _told(job: Job, index: int, finished: _Unit | None) -> Iterator[None]:
     """Tell when a block is begun and when it is done; of what a former run finished nothing is to be told."""
     if finished is None:
-        job.progress(COMPRESSING, index, len(job.anatomy.blocks))
+        job.progress(COMPRESSING, index, job.count)
     yield
     if finished is None:
-        job.progress(COMPRESSING, index + 1, len(job.anatomy.blocks))
+        job.progress(COMPRESSING, index + 1, job.count)
 
 
 def _as_cut(job: Job, blocks: Blocks, index: int, earlier: Mapping[str, Made], unit: _Unit) -> nn.Module:
@@ -208,21 +211,23 @@ def _cut_in_stream(
     beside = None if streams.dense is None else (streams.dense, blocks.dense(index))
     targets = job.in_block(index)
     groups: list[tuple[Target, ...]] = [targets] if targets else []
-    if job.propagate == "input":
+    outside = index == len(job.anatomy.blocks)
+    if job.propagate == "input" and not outside:
         inputs = [reads for reads, _ in job.anatomy.inputs(index)]
         by_input = sorted(targets, key=lambda target: inputs.index(target.sites[0].reads))
         groups = [tuple(group) for _, group in groupby(by_input, key=lambda target: target.sites[0].reads)]
     for group in groups:
         sites = [site for target in group for site in target.sites]
         watched = watch_list(job.anatomy, index, sites, of_inputs(job.needs), job.device)
-        with clock("replay"):
-            streams.shifted.observe(block, watched, advance=False, beside=beside)
+        if watched or not outside:  # nothing is seen of tokens that are looked up
+            with clock("replay"):
+                streams.shifted.observe(block, watched, advance=False, beside=beside)
         stats = {key: of_input for key, (_, of_input) in watched.items()} | gradients
         with clock("factorise"):
             for target in group:
                 _cut(job, block, target, stats, plan.choices[target.name], unit)
         _note_spectra(job, group, stats, unit, clock)
-    if streams.refiner is not None and unit.done:
+    if streams.refiner is not None and unit.done and not outside:
         with clock("refine"):
             _refine(job, index, block, blocks.dense(index), streams.refiner, unit)
     return _commit_unit(job, index, unit)
@@ -258,11 +263,13 @@ def _cut(job: Job, block: nn.Module, target: Target, stats: Mapping[str, Stats],
     if choice.amount is None:
         unit.errors[target.name] = 0.0
         return
-    prefix = f"{job.anatomy.blocks[target.block]}."
+    outside = target.block == len(job.anatomy.blocks)
+    prefix = None if outside else f"{job.anatomy.blocks[target.block]}."
     states = {
-        # a block before has not changed: whoever cuts several blocks at once observes the dense model
+        # a block before has not changed: whoever cuts several blocks at once observes the dense model; nor has what is
+        # outside of them
         site.name: block.get_submodule(site.name.removeprefix(prefix)).state_dict()
-        if site.block == target.block
+        if prefix is not None and site.block == target.block
         else {part: tensor.to(job.device) for part, tensor in job.source.state(f"{site.name}.").items()}
         for site in target.sites
     }
@@ -283,7 +290,7 @@ def _cut(job: Job, block: nn.Module, target: Target, stats: Mapping[str, Stats],
     tell_site(job.progress, target.name, unit.errors[target.name])
     for name, kind in made.items():
         unit.replaced[name] = Made.of(kind)
-        if name.startswith(prefix):
+        if prefix is not None and name.startswith(prefix):
             block.set_submodule(name.removeprefix(prefix), kind)
     link(block)
 

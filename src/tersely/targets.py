@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tersely.anatomy import Site, Unit
+from tersely.anatomy import Site, Table, Unit
 from tersely.cache import CacheMethod, dense_bytes_per_token
-from tersely.kinds import Kind, LinearKind, SumLinear
+from tersely.errors import RecipeError
+from tersely.kinds import Kind, LinearKind, QuantizedEmbedding, QuantizedLinear, SumLinear, TiedHead
 from tersely.kinds.attention import AttentionSettings
 from tersely.linalg.truncation import output_basis
 from tersely.methods import Method, UnitMethod
@@ -144,6 +145,63 @@ class SiteTarget(Target):
         weight = weights[self.name]
         # in float32 at least: the difference of two checkpoints is small beside what bfloat16 rounds away
         return weight if self.base is None else weight.float() - self.base.float()
+
+
+@dataclass(frozen=True)
+class TableTarget(Target):
+    """The token embedding, and with it the head of a tied model.
+
+    It is rounded as the weight of a linear is; what it reads are token numbers, of which there are no statistics.
+    """
+
+    table: Table
+    method: Method
+    head_bias: Tensor | None = field(default=None, compare=False)
+    """``[tokens]``; of a tied head, where there is one."""
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.table.site.name
+
+    @property
+    def role(self) -> str:  # type: ignore[override]
+        return self.table.site.role
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.table.site.block
+
+    @property
+    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
+        return (self.table.site,)
+
+    @property
+    def needs(self) -> tuple[type[Statistic], ...]:
+        return self.method.needs
+
+    def dense_bytes(self, itemsize: int) -> int:
+        return self.elements * itemsize
+
+    def sizes(self, itemsize: int) -> Sequence[Option]:
+        return self.method.sizes((self.table.site.out_features, self.table.site.in_features), itemsize)
+
+    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
+        return self.method.options(weights[self.name], Stats())
+
+    def compress(
+        self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
+    ) -> dict[str, Kind]:
+        rounded = self.method.compress(weights[self.name], Stats(), amount)
+        if not isinstance(rounded, QuantizedLinear):
+            raise RecipeError(f"{self.name}: the method makes a {rounded.name} of a table; wanted plain integers")
+        table = self.table
+        made = QuantizedEmbedding.of(rounded, self.name, padding=table.padding, multiplier=table.multiplier)
+        if table.head is None:
+            return {self.name: made}
+        head = TiedHead.of(made)
+        if self.head_bias is not None:
+            head.set_bias(self.head_bias)
+        return {self.name: made, table.head.name: head}
 
 
 class OfUnit(Target):

@@ -178,3 +178,6 @@ SAME_INPUT = ("down", "dense", "terms")
 
 # Fused role → the parts it holds, in the order of its rows.
 FUSED = {"attention.qkv": ("q", "k", "v"), "mlp.gate_up": ("gate", "up")}
+
+# What can be a target outside of the blocks, each named alone: `all` is the linears of the blocks.
+OUTSIDE = frozenset({"embeddings", "head"})

@@ -36,93 +36,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_CLASSES
 from transformers.pytorch_utils import Conv1D
 
-from tersely.anatomy.families import FAMILIES, FUSED, LINEARS, POST_NORM, READS, SAME_INPUT, Family
+from tersely.anatomy.families import FAMILIES, FUSED, LINEARS, OUTSIDE, POST_NORM, READS, SAME_INPUT, Family
+from tersely.anatomy.nouns import Heads, Kept, Norm, Place, Site, Table, Unit
+from tersely.anatomy.outside import outer_path, output_of, path_of_head, shape_of, table_of, tied_names
 from tersely.errors import AnatomyError, unknown
 from tersely.kinds import SharedLinear
-
-
-@dataclass(frozen=True)
-class Site:
-    """A linear that a method may replace.
-
-    `name` is its path in the model and `block` an index into `Anatomy.blocks`.  `role` is ``attention.q|k|v|o|qkv`` or
-    ``mlp.gate|up|down|gate_up``; below a replaced site the name of the child follows, as in ``attention.q.down``.
-    `reads` is equal for all sites that read the very same tensor.  A `transposed` weight is stored (in, out).
-    """
-
-    name: str
-    role: str
-    block: int
-    reads: str
-    out_features: int
-    in_features: int
-    bias: bool
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the family has a linear, whatever stands there by now: the linear itself, or a kind that replaced it."""
-
-    name: str
-    role: str
-    block: int
-    reads: str
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A linear, or a weight that works like one, that is no site: left as it is, and said so.
-
-    `name` is the path of a linear, or of a parameter in a mixture of experts; `shape` is (out, in) of the former and
-    the stored shape of the latter.  `reason` reads well after a number: ``4 fused over all experts``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention heads of a block: how many ask, how many are asked (fewer where queries are grouped), channels each."""
-
-    query: int
-    key_value: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A norm with a gain in front of linears; its output goes nowhere else.
-
-    `feeds` is the input (`Site.reads`) that comes out of it, or ``"head"`` for the last one.  What multiplies is the
-    stored ``<name>.weight`` plus `offset`; with a `bias` it subtracts the mean first (LayerNorm).
-    """
-
-    name: str
-    feeds: str
-    bias: bool
-    offset: float
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Coupled linears of a block that can only be made narrower together: its attention or its MLP.
-
-    `sites` maps the last word of the role (q, k, v, o, or gate, up, down, or a fused name) to the linear.  `module` is
-    the path of the attention module, "" for an MLP; `heads` is None for an MLP.  For linears that may share a factor
-    (roles reads and depth), see `groups`.
-    """
-
-    name: str
-    role: str
-    block: int
-    sites: Mapping[str, Site]
-    module: str
-    heads: Heads | None
-    flexible: bool
-    """Heads may be removed and the model's own attention still runs; always true of an MLP."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +72,29 @@ class Anatomy:
     """Path of the linear that makes logits out of the last hidden state."""
     mixed_norms: str | None
     """Why the residual stream cannot be turned into another basis; None where it can."""
+    table: Table | None
+    """The token embedding, if it is a table as the library makes them; its block counts as one behind the last."""
+    output: Site | None
+    """The head, if it is a linear with a weight of its own; its block counts as one behind the last, and `reads` is ""
+    unless it reads what the base model returns."""
+    unfit: Mapping[str, str]
+    """Of ``embeddings`` and ``head`` those that are no target, each with the reason."""
+
+    @property
+    def outside(self) -> tuple[Site, ...]:
+        """What can be a target outside of the blocks: the token embedding and the head; of a tied pair the former."""
+        return (*((self.table.site,) if self.table else ()), *((self.output,) if self.output else ()))
+
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the head reads the weight of another part."""
+        return self.head is not None and f"{self.head}.weight" in self.tied
 
     def inputs(self, block: int) -> tuple[tuple[str, tuple[Site, ...]], ...]:
         """The inputs of a block, in order of execution: pairs of the key and the sites that read this tensor."""
         groups: dict[str, list[Site]] = {}
-        for site in self.sites:
-            if site.block == block:
+        for site in (*self.sites, *self.outside):
+            if site.block == block and site.reads:
                 groups.setdefault(site.reads, []).append(site)
         return tuple((reads, tuple(sites)) for reads, sites in groups.items())
 
@@ -167,20 +102,25 @@ class Anatomy:
         """The sites a target names, each once, in order of execution.
 
         A plain word names a role and all roles below it: ``mlp``, ``attention``, ``attention.v``, and ``all``.  A word
-        with ``*`` is a pattern over module paths: ``*.down``, ``model.layers.0.*``.
+        with ``*`` is a pattern over module paths: ``*.down``, ``model.layers.0.*``.  Only ``embeddings`` and ``head``
+        name what is outside of the blocks; of a tied model both name the one table that is there.
 
         Raises AnatomyError for a word that names no site, with what there is and the nearest name.
         """
         chosen: set[Site] = set()
         for word in target:
-            if "*" in word:
+            if word in OUTSIDE:
+                if word in self.unfit:
+                    raise AnatomyError(f"target {word!r}: {self.unfit[word]}")
+                matching = {site for site in self.outside if word == site.role or self.head_is_tied}
+            elif "*" in word:
                 matching = {site for site in self.sites if fnmatchcase(site.name, word)}
             else:
                 matching = {site for site in self.sites if word == "all" or f"{site.role}.".startswith(f"{word}.")}
             if not matching:
                 raise AnatomyError(self._no_such_target(word))
             chosen |= matching
-        return tuple(site for site in self.sites if site in chosen)
+        return tuple(site for site in (*self.sites, *self.outside) if site in chosen)
 
     def select_places(self, target: Sequence[str]) -> tuple[Place, ...]:
         """As `select`, of places: a word names them by role or by path, and what has become of them does not count."""
@@ -215,12 +155,23 @@ class Anatomy:
         `left_dense`: names of those selected that stayed as they are, each with the reason.
         """
         names = {site.name for site in selected}
-        reasons = [kept.reason for kept in self.kept]
+        left = {name: reason for name, reason in (left_dense or {}).items() if name in names}
+        table = self.table.site.name if self.table and self.table.site.name in names else None
+        reasons = [kept.reason for kept in self.kept_beside(selected)]
         reasons += ["not among the targets" for site in self.sites if site.name not in names]
-        reasons += [reason for name, reason in (left_dense or {}).items() if name in names]
+        reasons += [r for name, r in left.items() if name != table or (self.table and self.table.head)]
         total = len(self.sites) + len(self.kept)
         touched = f"{total - len(reasons)} of {total} linears touched"
+        if table is not None and table not in left:
+            touched += ", and the token embedding"
         return f"{touched}, {len(reasons)} kept: {_tally(reasons)}" if reasons else touched
+
+    def kept_beside(self, selected: Sequence[Site]) -> tuple[Kept, ...]:
+        """What is kept if these sites are targets: all of `kept` but the head, if it is one of them."""
+        names = {site.name for site in selected}
+        if self.table and self.table.head and self.table.site.name in names:
+            names.add(self.table.head.name)
+        return tuple(kept for kept in self.kept if kept.name not in names)
 
     def _no_such_target(self, word: str) -> str:
         for fused, parts in FUSED.items():
@@ -233,7 +184,8 @@ class Anatomy:
         if not self.sites:
             return f"target {word!r}: no linear is left to compress ({_tally(kept.reason for kept in self.kept)})"
         roles = {site.role for site in self.sites}
-        message = unknown("target", word, {"all", *roles, *(role.partition(".")[0] for role in roles)})
+        known = {"all", *(OUTSIDE - self.unfit.keys()), *roles, *(role.partition(".")[0] for role in roles)}
+        message = unknown("target", word, known)
         return f"{message}; never a target: {_tally(kept.reason for kept in self.kept)}" if self.kept else message
 
 
@@ -250,8 +202,10 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     parts = [part for index, block in enumerate(blocks) for part in _parts_of_block(model, family, block, index)]
     sites = tuple(part for part in parts if isinstance(part, Site))
     places = tuple(part for part in parts if isinstance(part, Place))
-    tied = _tied(model)
+    tied = tied_names(model)
     heads = _heads(model)
+    unfit: dict[str, str] = {}
+    table = table_of(model, family, len(blocks), unfit)
     return Anatomy(
         family=name,
         blocks=blocks,
@@ -263,9 +217,12 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         needs_first_token=family.needs_first_token,
         units=tuple(unit for index, block in enumerate(blocks) for unit in _units(family, block, index, sites, heads)),
         norms=tuple(_norms(model, family, blocks)),
-        embeddings=tuple(_outside(model, path) for path in family.embeddings),
-        head=_head(model),
+        embeddings=tuple(outer_path(model, path) for path in family.embeddings),
+        head=path_of_head(model),
         mixed_norms=_mixed_norms(model, family),
+        table=table,
+        output=output_of(model, family, len(blocks), table, unfit),
+        unfit=unfit,
     )
 
 
@@ -358,7 +315,7 @@ def _norms(model: PreTrainedModel, family: Family, blocks: Sequence[str]) -> Ite
         return
     paths = [(f"{block}.{path}", f"{block}:{door}") for block in blocks for door, path in family.norms.items()]
     if family.final_norm is not None:
-        paths.append((_outside(model, family.final_norm), "head"))
+        paths.append((outer_path(model, family.final_norm), "head"))
     modules = dict(model.named_modules())
     for path, feeds in paths:
         if getattr(modules.get(path), "weight", None) is not None:  # a norm may go without a gain
@@ -371,19 +328,9 @@ def _mixed_norms(model: PreTrainedModel, family: Family) -> str | None:
     return family.mixed_norms if getattr(model.config, "do_layer_norm_before", True) else POST_NORM
 
 
-def _head(model: PreTrainedModel) -> str | None:
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
-
-
-def _outside(model: PreTrainedModel, path: str) -> str:
-    """A path relative to the base model as one in the model."""
-    return path if model.base_model is model else f"{model.base_model_prefix}.{path}"
-
-
 def _blocks(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
     """Paths of the blocks in the model; the base model is the model itself when it carries no head."""
-    path = _outside(model, family.blocks)
+    path = outer_path(model, family.blocks)
     stack = dict(model.named_modules()).get(path)
     if not isinstance(stack, nn.ModuleList):
         raise AnatomyError(
@@ -419,13 +366,13 @@ def _parts_below(module: nn.Module, name: str, role: str, block: int, reads: str
     but those of linears that share a factor, and the input, all read its product.
     """
     if isinstance(module, LINEARS):
-        rows, columns = _shape(module)
+        rows, columns = shape_of(module)
         yield Site(name, role, block, reads, rows, columns, module.bias is not None, isinstance(module, Conv1D))
         return
     # A child without weights (an activation, a dropout) is no part.
     children = [(child, part) for child, part in module.named_children() if part.state_dict()]
     if not children:
-        yield Kept(name, _shape(module), f"already {type(module).__name__}")
+        yield Kept(name, shape_of(module), f"already {type(module).__name__}")
     for child, part in children:
         same = child in SAME_INPUT or child.isdecimal()
         reads_below = reads if same else f"{reads}:{role}.{child}"
@@ -447,20 +394,7 @@ def _other_linears(
                 reason = "output head tied to the embedding" if f"{name}.weight" in tied else "output head"
             else:
                 reason = "inside a block without a known role" if name.startswith(inside) else "outside the blocks"
-            yield Kept(name, _shape(module), reason)
-
-
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    """(out, in) of a linear or of a module that has taken its place; empty for one that does not say."""
-    sides = ("nf", "nx") if isinstance(module, Conv1D) else ("out_features", "in_features")
-    return tuple(getattr(module, side) for side in sides if hasattr(module, side))
-
-
-def _tied(model: PreTrainedModel) -> tuple[str, ...]:
-    """All names but the first of each parameter that has several.  By identity: on meta no storage has an address."""
-    first: dict[int, str] = {}
-    names = ((name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False))
-    return tuple(name for name, identity in names if first.setdefault(identity, name) != name)
+            yield Kept(name, shape_of(module), reason)
 
 
 def _tally(reasons: Iterable[str]) -> str:

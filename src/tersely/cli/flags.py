@@ -22,7 +22,7 @@ Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="An option of the method or the step.", metavar="KEY=VALUE…")
 ]
-Target = Annotated[list[str] | None, typer.Option(help="Roles or module-name patterns.", metavar="TARGET…")]
+Target = Annotated[list[str] | None, typer.Option(help="Roles or patterns; also embeddings, head.", metavar="TARGET…")]
 Device = Annotated[str | None, typer.Option(help="Where blocks are computed: cpu, cuda, …")]
 Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: the checkpoint's own.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the processor.")]

@@ -15,6 +15,7 @@ from tersely.kinds.dense import DenseLinear
 from tersely.kinds.low_rank import LowRankLinear
 from tersely.kinds.pivoted import PivotedLinear
 from tersely.kinds.quantized import QuantizedLinear
+from tersely.kinds.quantized_embedding import QuantizedEmbedding, TiedHead, link_tables
 from tersely.kinds.remapped import RemappedLinear
 from tersely.kinds.shared import SharedLinear, link, orphans, owner_of, shared_bytes, shared_from_factors
 from tersely.kinds.sparse import SparseLinear
@@ -28,10 +29,12 @@ KINDS: dict[str, type[Kind]] = {
     "low_rank": LowRankLinear,
     "pivoted": PivotedLinear,
     "quantized": QuantizedLinear,
+    "quantized_embedding": QuantizedEmbedding,
     "remapped": RemappedLinear,
     "shared": SharedLinear,
     "sparse": SparseLinear,
     "sum": SumLinear,
+    "tied_head": TiedHead,
 }
 
 FACTORS = ("low_rank", "pivoted", "remapped", "shared")
@@ -80,6 +83,7 @@ def replace_modules(model: nn.Module, manifest: Mapping[str, Spec]) -> None:
     """Put the modules of a manifest in their places, and link them."""
     _place(model, manifest)
     link(model)
+    link_tables(model)
 
 
 def _place(model: nn.Module, manifest: Mapping[str, Spec]) -> None:
@@ -107,15 +111,18 @@ __all__ = [
     "LowRankLinear",
     "Made",
     "PivotedLinear",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "RemappedLinear",
     "SharedLinear",
     "SparseLinear",
     "Spec",
     "SumLinear",
+    "TiedHead",
     "build",
     "dense_weight",
     "link",
+    "link_tables",
     "manifest_of",
     "orphans",
     "owner_of",

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -137,15 +137,17 @@ class QuantizedLinear(LinearKind):
             x = rounded(x, self.input_bits, self.bound.view(torch.float32))
         return functional.linear(x, self.to_dense().to(x.dtype), self.bias)
 
-    def grid(self) -> Grid:
-        """The levels, unpacked."""
-        zero = self.zeros
+    def grid(self, rows: Tensor | None = None) -> Grid:
+        """The levels, unpacked; those of some rows (their numbers, shape ``[count]``), or of all."""
+        zero, raw = self.zeros, self.scales
+        if rows is not None:
+            zero, raw = None if zero is None else zero[rows], raw[rows]
         if zero is not None and zero.dtype == torch.uint8:
             zero = unpack(zero, self.bits, group_count(self.in_features, self.group))
         columns = None
         if self.columns is not None and self.column_exponent is not None:
             columns = Scales(self.columns, "float16", self.column_exponent)
-        scales = Scales(self.scales, self.scale, self.exponent, self.ladder)
+        scales = Scales(raw, self.scale, self.exponent, self.ladder)
         return Grid(self.bits, self.group, scales, zero, self.levels, columns)
 
     def unpacked(self) -> UInt8[Tensor, "out in"]:
@@ -154,6 +156,12 @@ class QuantizedLinear(LinearKind):
 
     def to_dense(self) -> Float[Tensor, "out in"]:
         return self.grid().levels(self.unpacked())
+
+    def rows(self, places: Int[Tensor, "*places"]) -> Float[Tensor, "*places in"]:
+        """Rows of `to_dense` by their numbers; no other row is unpacked."""
+        flat = places.flatten()
+        found = self.grid(flat).levels(unpack(self.codes[flat], self.bits, self.in_features))
+        return found.view(*places.shape, self.in_features)
 
     def spec(self) -> Spec:
         more: Spec = {}

@@ -97,6 +97,8 @@ class Rotate:
             raise refuse(anatomy.mixed_norms)
         if anatomy.head is None:
             raise refuse("it has no output head, so that the stream itself is what it returns")
+        for reason in anatomy.unfit.values():
+            raise refuse(f"{reason}; rotate before other steps")
         others = [name for name in anatomy.tied if name != _weight(anatomy.head)]
         if others:
             raise refuse(f"{', '.join(others)} is shared with another part")
@@ -117,7 +119,7 @@ class Rotate:
         return {}
 
     def settings(self, anatomy: Anatomy) -> dict[str, Any]:
-        return {"tie_word_embeddings": False} if _is_tied(anatomy) else {}
+        return {"tie_word_embeddings": False} if anatomy.head_is_tied else {}
 
     def outside(self, anatomy: Anatomy, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stream = self._stream(anatomy)
@@ -125,7 +127,7 @@ class Rotate:
         head = anatomy.head or ""
         bias = f"{head}.bias"
         folded = fold(norm_at(anatomy, "head"), state, into_biases=bias in state)
-        weight = state[_weight(anatomy.embeddings[0]) if _is_tied(anatomy) else _weight(head)]
+        weight = state[_weight(anatomy.embeddings[0]) if anatomy.head_is_tied else _weight(head)]
         changed[_weight(head)] = in_pieces(_weight(head), weight, lambda rows: stream.apply(rows * folded.gain))
         if folded.shift is not None:
             changed[bias] = rounded(bias, state[bias].double() + weight.double() @ folded.shift, state[bias])
@@ -239,10 +241,6 @@ def _experts(anatomy: Anatomy) -> tuple[str, ...]:
     return tuple(
         name for block in anatomy.blocks for name in experts_at(anatomy, block, (*EXPERT_READERS, *EXPERT_WRITERS))
     )
-
-
-def _is_tied(anatomy: Anatomy) -> bool:
-    return anatomy.head is not None and _weight(anatomy.head) in anatomy.tied
 
 
 def _weight(module: str) -> str:

@@ -23,6 +23,7 @@ from tersely.refine import Refining
 from tersely.report.rows import Row, SiteRow, thinned
 from tersely.stats import MeanGradient
 from tersely.steps.learning import taught
+from tersely.steps.outside import check_outside, outside_target
 from tersely.steps.scene import Done, Scene
 from tersely.sweeps import Outcome, compress
 from tersely.tables import build, build_allocator
@@ -94,6 +95,8 @@ def targets_of(
 ) -> tuple[Target, ...]:
     """What a step acts on.  Raises AnatomyError where there is nothing, or something that the method cannot treat."""
     built = build(step)
+    if isinstance(step, MethodStep):
+        check_outside(step, built, anatomy, source.dtype.itemsize)
     if isinstance(step, CacheStep):
         units = anatomy.select_units(["attention"], CACHES[step.cache].roles)
         for unit in units:
@@ -106,7 +109,12 @@ def targets_of(
         sites = anatomy.select(step.target)
         bases = {} if base is None else {s.name: base.tensor(f"{s.name}.weight") for s in sites}
         turned = {s.name: bases[s.name].T if s.transposed else bases[s.name] for s in sites if s.name in bases}
-        return tuple(SiteTarget(site, built, turned.get(site.name)) for site in sites)
+        return tuple(
+            outside_target(site, built, anatomy, source)
+            if site in anatomy.outside
+            else SiteTarget(site, built, turned.get(site.name))
+            for site in sites
+        )
     units = units_of(step, built, anatomy)
     if isinstance(built, RebuildsAttention) and any(unit.role == "attention" for unit in units):
         return _rebuilt(built, units, source)
@@ -278,7 +286,7 @@ def _rows(job: Job, outcome: Outcome, number: int, method: str) -> list[SiteRow]
 
 def _offered(job: Job) -> dict[str, Any]:
     """Target → its options as plain values, where the plan was made from what they cost."""
-    units = [f"curves/{index:04}.json" for index in range(len(job.anatomy.blocks))]
+    units = [f"curves/{index:04}.json" for index in range(job.count)]
     found: dict[str, Any] = {}
     for unit in units:
         if job.journal.has(unit):
