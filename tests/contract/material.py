@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from families import tiny_config, tiny_model
 from tersely.anatomy import Unit, anatomy_of, depth_units, reading_units
-from tersely.kinds import Kind, Made
+from tersely.kinds import Kind, Made, TiedHead, link_tables
 from tersely.option import Option
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
 from tersely.train.peft_format import Update, write_adapter
@@ -323,6 +323,8 @@ def rebuilt(module: Kind) -> Kind:
     again = made.build()
     assert {tensor.device.type for tensor in again.state_dict().values()} <= {"meta"}, "built with memory of its own"
     again.load_state_dict(made.state, strict=True, assign=True)
+    if isinstance(module, TiedHead):  # what a whole model would be asked for
+        link_tables(nn.ModuleList([module.holder, again]))
     return again.train(module.training)
 
 

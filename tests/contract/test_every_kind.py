@@ -30,11 +30,13 @@ from tersely.kinds import (
     LinearKind,
     LowRankLinear,
     PivotedLinear,
+    QuantizedEmbedding,
     QuantizedLinear,
     RemappedLinear,
     SharedLinear,
     SparseLinear,
     SumLinear,
+    TiedHead,
     build,
     manifest_of,
     shared_from_factors,
@@ -45,6 +47,7 @@ from tersely.linalg.grid import Grid, Scales, fit_grid, fit_table
 Make = Callable[[PreTrainedModel, nn.Module], Kind]
 
 ATTENTION, UP = "model.layers.1.self_attn", "model.layers.0.mlp.up_proj"
+TABLE, HEAD = "model.embed_tokens", "lm_head"
 
 
 def low_rank(model: PreTrainedModel, linear: nn.Module, rank: int = 5) -> LowRankLinear:
@@ -55,6 +58,17 @@ def low_rank(model: PreTrainedModel, linear: nn.Module, rank: int = 5) -> LowRan
 def quantized(linear: nn.Module, bits: int, group: int = 0, form: Any = "asymmetric") -> QuantizedLinear:
     grid: Grid = fit_grid(linear.weight.detach(), bits, group, form)
     return QuantizedLinear.from_codes(grid.nearest(linear.weight.detach()), grid, linear.weight.dtype)
+
+
+def embedding(model: PreTrainedModel, table: nn.Module, multiplier: float | None = None) -> QuantizedEmbedding:
+    return QuantizedEmbedding.of(quantized(table, 3, 7), TABLE, padding=0, multiplier=multiplier)
+
+
+def tied_head(model: PreTrainedModel, linear: nn.Module) -> TiedHead:
+    """Its table takes the place of the model's own."""
+    owner = embedding(model, model.get_submodule(TABLE))
+    model.set_submodule(TABLE, owner)
+    return TiedHead.of(owner)
 
 
 def normal_floats(model: PreTrainedModel, linear: nn.Module) -> QuantizedLinear:
@@ -181,6 +195,13 @@ EXAMPLES: dict[str, tuple[str, dict[str, Make]]] = {
             "a table under scales of columns": normal_floats,
         },
     ),
+    "quantized_embedding": (
+        TABLE,
+        {
+            "plain": embedding,
+            "multiplied": lambda model, table: embedding(model, table, multiplier=2.5),
+        },
+    ),
     "remapped": (UP, {"plain": remapped, "full rank": lambda model, linear: remapped(model, linear, 24)}),
     "shared": (
         UP,
@@ -208,6 +229,7 @@ EXAMPLES: dict[str, tuple[str, dict[str, Make]]] = {
             "of kinds": lambda model, linear: SumLinear.of([quantized(linear, 2), factors_of_integers(model, linear)]),
         },
     ),
+    "tied_head": (HEAD, {"plain": tied_head}),
 }
 """Kind → path of the stock module in a tiny Llama that it can replace, and name → how to make one in its place."""
 
