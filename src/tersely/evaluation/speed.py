@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from tersely.errors import RecipeError
 from tersely.evaluation.memory import weight_bytes
 from tersely.evaluation.perplexity import require_causal, undisturbed, vocabulary_size
+from tersely.kinds import TiedHead
 from tersely.memory import peak_memory, resident_memory
 from tersely.text import context_length
 
@@ -170,7 +171,8 @@ def _weights_read(model: PreTrainedModel, batch: int) -> int:
     """Bytes of all weights, but of a table that is no head at the same time only the rows of the tokens."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     weights = list(table.parameters()) + list(table.buffers())
-    shared = set() if head is None else {tensor.data_ptr() for tensor in (*head.parameters(), *head.buffers())}
+    read = head.holder if isinstance(head, TiedHead) else head  # its table is a child of the embedding
+    shared = set() if read is None else {tensor.data_ptr() for tensor in (*read.parameters(), *read.buffers())}
     looked_up = [weight for weight in weights if weight.data_ptr() not in shared and weight.ndim > 1]
     rows = sum(batch * weight.nbytes // weight.shape[0] for weight in looked_up)
     return weight_bytes(model) - sum(weight.nbytes for weight in looked_up) + rows
