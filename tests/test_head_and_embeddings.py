@@ -76,8 +76,7 @@ def test_folders_reopen_as_they_were(
     report = compress(folder, out, method="rtn", bits=6, target=["embeddings", "head"]).report
     assert all(check.passed for check in verify(out))
     source = open_source(out)
-    before = open_source(folder)
-    model, again = load(out), load(out)
+    model, again, stock = load(out), load(out), load(folder)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, QuantizedEmbedding) and isinstance(head, TiedHead if tied else QuantizedLinear)
     # bytes that are said are those that lie there: the table once
@@ -86,11 +85,10 @@ def test_folders_reopen_as_they_were(
         n for n in source.stored if "table" in n or n.startswith(("lm_head.codes", "lm_head.scales", "lm_head.z"))
     ]
     assert touched.value == sum(source.stored_bytes(name) for name in stored)
-    assert touched.before == (1 if tied else 2) * table.num_embeddings * table.embedding_dim * before.dtype.itemsize
+    assert touched.before == (1 if tied else 2) * table.num_embeddings * table.embedding_dim * stock.dtype.itemsize
     assert not [kept for kept in report.kept if "output head" in kept["reason"]]
     assert "and the token embedding" in report.coverage
     # the same model with the weights that the codes stand for
-    stock = load(folder)
     stock.get_input_embeddings().weight.data = table.to_dense()
     stock.get_output_embeddings().weight.data = dense_weight(head)
     with torch.no_grad():
@@ -138,7 +136,7 @@ def test_what_cannot_be_treated_is_refused(
 
 
 def test_a_classifier_has_no_head_of_tokens(model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    folder = model_folder("bert", "BertForSequenceClassification", architectures=["BertForSequenceClassification"])
+    folder = model_folder("bert", "BertForSequenceClassification")
     with pytest.raises(TerselyError, match="has no output head"):
         compress(folder, tmp_path / "out", method="rtn", bits=6, target=["head"])
 

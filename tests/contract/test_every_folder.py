@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_kind import CASES, made
+from test_every_kind import CASES, placed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -114,8 +114,7 @@ def saved(tmp_path_factory) -> Callable[[str], tuple[PreTrainedModel, Path]]:
 
     def make(example: str) -> tuple[PreTrainedModel, Path]:
         if example not in found:
-            model, folder = tiny_model("llama"), tmp_path_factory.mktemp("kind-") / "out"
-            model.set_submodule(CASES[example][0], made(example))
+            model, folder = placed(example), tmp_path_factory.mktemp("kind-") / "out"
             model.config.quantization_config = manifest_config(manifest_of(model))
             model.save_pretrained(folder)
             found[example] = model, folder

@@ -38,6 +38,7 @@ from tersely.kinds import (
     SumLinear,
     TiedHead,
     build,
+    link_tables,
     manifest_of,
     shared_from_factors,
 )
@@ -268,6 +269,16 @@ def made(example: str, dtype: torch.dtype = torch.float32) -> Kind:
     return make(model, model.get_submodule(place)).eval()
 
 
+def placed(example: str) -> PreTrainedModel:
+    """A model with the kind in its place, and whatever it refers to."""
+    model, kind = tiny_model("llama"), made(example)
+    model.set_submodule(CASES[example][0], kind)
+    if isinstance(kind, TiedHead):
+        model.set_submodule(TABLE, kind.holder)
+        link_tables(model)
+    return model
+
+
 @torch.no_grad()
 def answer(kind: Kind, example: str, dtype: torch.dtype = torch.float32) -> Tensor:
     arguments, keywords = called_with(CASES[example][0], dtype)
@@ -332,9 +343,7 @@ def test_bytes_are_those_of_its_numbers(example):
 def test_it_stands_in_a_model_of_any_dtype(example):
     place, _ = CASES[example]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        model = tiny_model("llama")
-        model.set_submodule(place, made(example))
-        model = model.to(dtype)
+        model = placed(example).to(dtype)
         with torch.no_grad(), nothing_changes(model):
             logits = model(**tiny_batch()).logits
         assert logits.dtype == dtype
@@ -356,10 +365,9 @@ def test_it_is_copied_with_its_numbers(example):
 def test_gradients_pass_to_what_stands_before_it(example):
     """Healing trains the layers before as well."""
     place, _ = CASES[example]
-    model = tiny_model("llama")
-    model.set_submodule(place, made(example))
+    model = placed(example)
     model(**tiny_batch()).logits.float().square().mean().backward()
-    first = model.get_input_embeddings().weight.grad
+    first = model.get_submodule("model.layers.0.input_layernorm").weight.grad
     assert first.isfinite().all() and first.any()
     for name, parameter in model.get_submodule(place).named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
