@@ -363,7 +363,7 @@ def test_a_fused_site_answers_to_its_name_and_to_its_group(family):
 @pytest.mark.parametrize(
     ("family", "target", "message"),
     [
-        ("llama", "mpl", r"unknown target 'mpl'; did you mean 'mlp'\?.*attention\.q.*never a target: 1 output head$"),
+        ("llama", "mpl", r"unknown target 'mpl'; did you mean 'mlp'\?.*attention\.q.*mlp\.up$"),
         ("llama", "atention.v", r"did you mean 'attention\.v'\?"),
         ("llama", "model.layers.*.mlp.donw_proj", r"did you mean 'model\.layers\.\*\.mlp\.down_proj'\?"),
         ("llama", "attention.qkv", r"unknown target 'attention\.qkv'"),

@@ -185,8 +185,8 @@ class Anatomy:
             return f"target {word!r}: no linear is left to compress ({_tally(kept.reason for kept in self.kept)})"
         roles = {site.role for site in self.sites}
         known = {"all", *(OUTSIDE - self.unfit.keys()), *roles, *(role.partition(".")[0] for role in roles)}
-        message = unknown("target", word, known)
-        return f"{message}; never a target: {_tally(kept.reason for kept in self.kept)}" if self.kept else message
+        message, never = unknown("target", word, known), self.kept_beside(self.outside)
+        return f"{message}; never a target: {_tally(kept.reason for kept in never)}" if never else message
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
