@@ -33,11 +33,13 @@ from tersely.recipe import Calibration
 PAIRS: tuple[tuple[str, dict[str, Any], Entry], ...] = (
     ("hqq", {}, Entry("hqq", propagate="none", sizes=None)),
     ("sinq", {}, Entry("sinq", propagate="none", sizes=None)),
-    ("llmcompressor", {"algorithm": "gptq"}, Entry("gptq", propagate="none", sizes=None)),
-    ("llmcompressor", {"algorithm": "gptq"}, Entry("gptq", propagate="input", sizes=None)),
+    *(
+        ("llmcompressor", {"algorithm": "gptq"}, Entry("gptq", propagate=p, sizes=None))
+        for p in ("none", "block", "input")
+    ),
 )
-"""Package, its settings, and ours by the same algorithm: on the inputs of the dense model, and behind what is quantized
-already, as llmcompressor does."""
+"""Package, its settings, and ours by the same algorithm: on the inputs of the dense model, block after block behind
+what is quantized already, as llmcompressor does, and input after input."""
 QUANTIZING = ("replay", "curves", "allocate", "factorise")
 
 

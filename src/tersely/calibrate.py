@@ -31,7 +31,7 @@ from tersely.recipe import Calibration
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
 from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
 
-TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 2048
 """Tokens in a batch: enough to keep the processor busy, few enough for the widest intermediate of a block."""
 
 ENOUGH = 8
