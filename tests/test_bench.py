@@ -323,7 +323,7 @@ def tool():
 @pytest.fixture
 def trial(tool, model_folder, text_file, in_a_hurry, monkeypatch):
     """A function: whatever differs from svd_llm against two others at one size, two seeds → a trial on three texts."""
-    monkeypatch.setattr(tool, "NO_MODEL", 10)  # of random numbers, nothing is modelled
+    monkeypatch.setattr(tool, "of_pairs", lambda *_: math.inf)  # of random numbers, nothing is modelled
 
     def make(**more):
         said = {"model": str(model_folder()), "best": Entry("svd_llm", "uniform", "none"), "keeps": (0.5,)}
@@ -374,11 +374,19 @@ def test_a_verdict_goes_on_and_takes_more_seeds(tool, trial, tmp_path, monkeypat
 
 
 def test_a_text_that_the_dense_model_does_not_model_is_marked_and_left_out(tool, trial, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "NO_MODEL", 0.01)
+    monkeypatch.setattr(tool, "of_pairs", lambda *_: 1.0)
     content = tool.run(trial(seeds=(0,), others=[Entry("svd")]), tmp_path / "verdict", "command")
     assert not any(one["modelled"] for one in content["dense"])
     assert tool.OTHERS not in tool.places(content)
     assert "no: the dense model does not model it" in (tmp_path / "verdict.md").read_text()
+
+
+def test_pairs_of_tokens_predict_what_follows_from_the_one_before(tool):
+    cycle = torch.arange(400) % 4  # every token says which one comes
+    assert tool.of_pairs(cycle, 4) == pytest.approx(1 / (1 - 0.75 / 50 * (1 - 51 / 204)), rel=5e-3)
+    noise = torch.randint(0, 16, (40_000,), generator=torch.Generator().manual_seed(0))
+    assert tool.of_pairs(noise, 16) == pytest.approx(16, rel=0.01)
+    assert tool.of_pairs(torch.tensor([0, 0, 0, 3, 3, 3]), 4) == pytest.approx(7)  # 3 was not seen: one of 3 + 4
 
 
 def test_others_are_named_as_the_bench_prints_them(tool, tmp_path):

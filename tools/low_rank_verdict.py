@@ -4,12 +4,12 @@ r"""The verdict on a low-rank recipe: against every other way of its group, on f
         --text wiki.test.raw c4.jsonl books.test.txt ptb.test.txt --out docs/results/low_rank_verdict
 
 The first text is judged alone, all texts are, and so is the mean of the others (each counts the same; a mean of losses,
-that is the geometric mean of perplexities).  A text that the dense model does not model, its perplexity there being
-above a third of the vocabulary, is shown, marked, and left out of the mean.  Every seed draws other calibration
-windows; within a seed all ways share them and their statistics.  Per size, text and seed the recipe is paired, window
-by window, with whichever other way is the strongest there (see `tersely.evaluation.paired`): choosing that one after
-the fact favours the others.  `--against` names other ways as `tersely bench low-rank` prints them, or recipes; by
-default all low-rank entries of the recipe's group.
+that is the geometric mean of perplexities).  A text that the dense model does not model, since a table of pairs of
+tokens that was counted on half of the text predicts the other half better, is shown, marked, and left out of the mean.
+Every seed draws other calibration windows; within a seed all ways share them and their statistics.  Per size, text and
+seed the recipe is paired, window by window, with whichever other way is the strongest there (see
+`tersely.evaluation.paired`): choosing that one after the fact favours the others.  `--against` names other ways as
+`tersely bench low-rank` prints them, or recipes; by default all low-rank entries of the recipe's group.
 
 Writes OUT.json row by row and OUT.md at the end.  A run that was stopped goes on, also with more sizes, seeds or ways,
 and what is said at the end is said of all rows: so a way that is far behind for one seed need not be made for others.
@@ -28,7 +28,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -46,8 +48,8 @@ from tersely.text import read_text
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 SEEDS = (0, 1, 2)
-NO_MODEL = 1 / 3
-"""Share of the vocabulary above which a dense perplexity says that the text is not modelled at all."""
+DISCOUNT = 0.75
+"""What is taken from every count of a pair, for pairs that were not seen."""
 OTHERS = "mean of the other texts"
 
 Losses = dict[str, Tensor]
@@ -147,10 +149,31 @@ def _dense(trial: Trial, cuts: Sequence[Windows]) -> list[dict[str, Any]]:
     vocabulary = model.config.get_text_config().vocab_size
     found = []
     for one in cuts:
-        perplexity = perplexity_of(_mean(losses[one.text.source], one))
-        protocol = asdict(one.protocol(model))
-        found.append(protocol | {"perplexity": perplexity, "modelled": perplexity <= NO_MODEL * vocabulary})
+        perplexity, pairs = perplexity_of(_mean(losses[one.text.source], one)), of_pairs(one.content, vocabulary)
+        said = {"perplexity": perplexity, "pairs": pairs, "modelled": perplexity < pairs}
+        found.append(asdict(one.protocol(model)) | said)
     return found
+
+
+def of_pairs(tokens: Int[Tensor, "..."], vocabulary: int) -> float:
+    """The perplexity of the second half of a text under pairs of neighbouring tokens counted on its first half.
+
+    p(b | a) = (max(n_ab - D, 0) + D k_a q(b)) / n_a, where k_a different tokens were seen behind a and q(b) is the
+    frequency of b, one added to every count (absolute discounting; Ney, Essen and Kneser, 1994).  Who has never seen
+    a text but has learned the language should be far below; who is above has learned less of it than that.
+    """
+    counted, judged = numpy.array_split(tokens.flatten().numpy().astype(numpy.int64), 2)
+    q = numpy.bincount(counted, minlength=vocabulary) + 1.0
+    q /= q.sum()
+    pairs, n_ab = numpy.unique(counted[:-1] * vocabulary + counted[1:], return_counts=True)
+    first = pairs // vocabulary
+    n_a, k_a = numpy.bincount(first, n_ab, vocabulary), numpy.bincount(first, minlength=vocabulary)
+    a, b = judged[:-1], judged[1:]
+    at = numpy.searchsorted(pairs, a * vocabulary + b).clip(max=len(pairs) - 1)
+    seen = numpy.where(pairs[at] == a * vocabulary + b, n_ab[at], 0)
+    known = n_a[a] > 0
+    p = (numpy.maximum(seen - DISCOUNT, 0) + DISCOUNT * k_a[a] * q[b]) / numpy.maximum(n_a[a], 1)
+    return float(numpy.exp(-numpy.log(numpy.where(known, p, q[b])).mean()))
 
 
 def _row(trial: Trial, cuts: Sequence[Windows], entry: Entry, keep: float, seed: int, work: Path) -> Row:
@@ -248,13 +271,15 @@ def markdown(content: dict[str, Any], best: Entry) -> str:
 
 
 def _dense_table(content: dict[str, Any]) -> Iterator[str]:
-    yield "| text | windows | tokens predicted | dense perplexity | counts in the mean |"
-    yield "|---|--:|--:|--:|---|"
+    yield "| text | windows | tokens predicted | dense perplexity | of pairs of its tokens | counts in the mean |"
+    yield "|---|--:|--:|--:|--:|---|"
     for number, one in enumerate(content["dense"]):
         counts = (
             "judged alone" if number == 0 else "yes" if one["modelled"] else "no: the dense model does not model it"
         )
-        figures = f"{one['windows']} of {one['length']} | {one['tokens']} | {one['perplexity']:.3f}"
+        figures = (
+            f"{one['windows']} of {one['length']} | {one['tokens']} | {one['perplexity']:.3f} | {one['pairs']:.1f}"
+        )
         yield f"| {one['text']} | {figures} | {counts} |"
 
 
