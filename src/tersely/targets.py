@@ -148,50 +148,20 @@ class SiteTarget(Target):
 
 
 @dataclass(frozen=True)
-class TableTarget(Target):
+class TableTarget(SiteTarget):
     """The token embedding, and with it the head of a tied model.
 
     It is rounded as the weight of a linear is; what it reads are token numbers, of which there are no statistics.
     """
 
-    table: Table
-    method: Method
-    head_bias: Tensor | None = field(default=None, compare=False)
+    table: Table = field(kw_only=True)
+    head_bias: Tensor | None = field(default=None, compare=False, kw_only=True)
     """``[tokens]``; of a tied head, where there is one."""
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.table.site.name
-
-    @property
-    def role(self) -> str:  # type: ignore[override]
-        return self.table.site.role
-
-    @property
-    def block(self) -> int:  # type: ignore[override]
-        return self.table.site.block
-
-    @property
-    def sites(self) -> tuple[Site, ...]:  # type: ignore[override]
-        return (self.table.site,)
-
-    @property
-    def needs(self) -> tuple[type[Statistic], ...]:
-        return self.method.needs
-
-    def dense_bytes(self, itemsize: int) -> int:
-        return self.elements * itemsize
-
-    def sizes(self, itemsize: int) -> Sequence[Option]:
-        return self.method.sizes((self.table.site.out_features, self.table.site.in_features), itemsize)
-
-    def options(self, weights: Weights, stats: Mapping[str, Stats]) -> Sequence[Option]:
-        return self.method.options(weights[self.name], Stats())
 
     def compress(
         self, weights: Weights, biases: Weights, stats: Mapping[str, Stats], amount: Amount
     ) -> dict[str, Kind]:
-        rounded = self.method.compress(weights[self.name], Stats(), amount)
+        (rounded,) = super().compress(weights, biases, stats, amount).values()
         if not isinstance(rounded, QuantizedLinear):
             raise RecipeError(f"{self.name}: the method makes a {rounded.name} of a table; wanted plain integers")
         table = self.table

@@ -92,4 +92,4 @@ def outside_target(site: Site, method: Method, anatomy: Anatomy, source: Source)
         return SiteTarget(site, method)
     with_bias = table.head is not None and table.head.bias and not source.is_outline
     bias = source.tensor(f"{table.head.name}.bias") if table.head is not None and with_bias else None
-    return TableTarget(table, method, bias)
+    return TableTarget(site, method, table=table, head_bias=bias)
