@@ -169,6 +169,14 @@ def test_a_budget_above_what_there_is_is_no_budget(model, text, tmp_path):
         compress(model, tmp_path / "out", method="svd", bits=64)
 
 
+def test_a_call_says_what_a_recipe_says(model, text, tmp_path):
+    compress(model, tmp_path / "called", method="svd", keep=0.5, calibrate=[text], samples=4, length=16, order="first")
+    plain = {"model": str(model), "step": [{"method": "svd", "keep": 0.5}]}
+    calibration = {"source": [text], "samples": 4, "length": 16, "order": "first"}
+    run(prepare(recipe_from(plain | {"calibration": calibration}), tmp_path / "read"))
+    assert (tmp_path / "called" / "recipe.toml").read_text() == (tmp_path / "read" / "recipe.toml").read_text()
+
+
 def test_a_demo_that_was_stopped_goes_on_and_removes_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "WINDOWS", 2)
     monkeypatch.setattr(demo, "KEEPS", (0.8,))

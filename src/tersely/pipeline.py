@@ -69,6 +69,7 @@ def compress(
     calibrate: Sequence[str] = ("stdlib",),
     samples: int = Calibration.samples,
     length: int | None = None,
+    order: str = Calibration.order,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -95,7 +96,7 @@ def compress(
         "options": dict(options or {}),
     }
     step = plain_step(verb_for(method), method, said)
-    calibration = {"source": list(calibrate), "samples": samples, "length": length}
+    calibration = {"source": list(calibrate), "samples": samples, "length": length, "order": order}
     plain = {"model": str(model), "step": [step], "calibration": calibration}
     recipe = recipe_from(plain | {"seed": seed, "dtype": dtype, "device": device})
     return run(prepare(recipe, Path(out)), progress=progress)
