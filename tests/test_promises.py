@@ -170,9 +170,11 @@ def test_a_budget_above_what_there_is_is_no_budget(model, text, tmp_path):
 
 
 def test_a_call_says_what_a_recipe_says(model, text, tmp_path):
-    compress(model, tmp_path / "called", method="svd", keep=0.5, calibrate=[text], samples=4, length=16, order="first")
+    compress(
+        model, tmp_path / "called", method="svd", keep=0.5, calibrate=[str(text)], samples=4, length=16, order="first"
+    )
     plain = {"model": str(model), "step": [{"method": "svd", "keep": 0.5}]}
-    calibration = {"source": [text], "samples": 4, "length": 16, "order": "first"}
+    calibration = {"source": [str(text)], "samples": 4, "length": 16, "order": "first"}
     run(prepare(recipe_from(plain | {"calibration": calibration}), tmp_path / "read"))
     assert (tmp_path / "called" / "recipe.toml").read_text() == (tmp_path / "read" / "recipe.toml").read_text()
 
