@@ -167,7 +167,7 @@ class DeltaCoMe:
         metric = None
         if self.metric == "gram":
             metric = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        up, down = output_basis(weight, metric).factors(rank)
+        up, down = output_basis(weight, metric, rank=rank).factors(rank)
         balance = up.norm(dim=0)
         return up / balance, down * balance[:, None]
 

@@ -120,7 +120,10 @@ def low_rank(
     """The best module of that rank under a metric (see `linalg.truncation`), in the weight's dtype; with `power` the
     nearly best by a randomised projection with so many products (see `linalg.randomised`)."""
     check_rank(weight, rank, pivot)
-    basis = output_basis(weight, metric) if power is None else leading_basis(weight, metric, rank, power)
+    if power is not None:
+        basis: OutputBasis | LeadingBasis = leading_basis(weight, metric, rank, power)
+    else:  # rounded to bytes, errors hang on the signs of the vectors: those have to be the ones of `options`
+        basis = output_basis(weight, metric, rank=None if remap else rank)
     return remapped(weight, basis, rank) if remap else factorised(weight, basis, rank, pivot)
 
 

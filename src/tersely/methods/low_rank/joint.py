@@ -141,7 +141,7 @@ class JointRank:
             check_shared_rank(unit, amount, self.pivot)
             scales = self.scales(members, metric)
             stacked = torch.cat([member.double() / scale for member, scale in zip(members, scales, strict=True)])
-            basis = output_basis(stacked, metric)
+            basis = output_basis(stacked, metric, rank=amount)
             made = shared(unit, weights, *basis.factors(amount), scales=scales, pivot=self.pivot)
         return with_biases(made, biases)
 

@@ -98,7 +98,7 @@ def two_sided(
 ) -> LinearKind:
     """The module of that rank, in the weight's dtype, with the least ‖Lᵀ (W - W') M^½‖²; L is the root."""
     check_rank(weight, rank, pivot)
-    up, down = output_basis(root.T @ weight.double(), metric).factors(rank)
+    up, down = output_basis(root.T @ weight.double(), metric, rank=rank).factors(rank)
     up, down = balanced(torch.linalg.solve_triangular(root.T, up, upper=True), down)
     kind = PivotedLinear if pivot else LowRankLinear
     return kind.from_factors(up, down, dtype=weight.dtype)

@@ -108,9 +108,11 @@ class WhitenedSVD:
         if not self.update:
             return low_rank(weight, self._metric(stats), amount, self.pivot, self.remap, self.power)
         check_rank(weight, amount, self.pivot)
-        up, down = output_basis(weight, self._metric(stats)).factors(amount)
+        up, down = output_basis(weight, self._metric(stats), rank=amount).factors(amount)
         product = refitted(weight, up, down, damped_gram(stats, self.damping))
-        basis = output_basis(product)  # the product has that rank: nothing is lost, whatever it is stored as
+        basis = output_basis(
+            product, rank=amount
+        )  # the product has that rank: nothing is lost, whatever it is stored as
         if self.remap:
             return RemappedLinear.of(product, basis.factors(amount)[0], weight.dtype)
         return factorised(weight, basis, amount, self.pivot)

@@ -256,11 +256,6 @@ class BranchFit:
         """How errors of the weight spread on these inputs."""
         return spread_of("qera", self.stats, DAMPING, loudest_first=True)
 
-    @cached_property
-    def strongest(self) -> OutputBasis:
-        """The singular directions of the weight itself."""
-        return output_basis(self.dense)
-
     def error(self, off: Float[Tensor, "out in"]) -> float:
         """tr(off G offᵀ); what rounding makes negative is zero."""
         return max(((off @ self.gram) * off).sum().item(), 0.0)
@@ -275,15 +270,15 @@ class BranchFit:
         off = self.dense - alone.to_dense().double()
         if not rank:
             return alone, None, self.error(off)
-        branch, error = self._branch(output_basis(off, self.metric), off, rank, self.metric)
+        branch, error = self._branch(output_basis(off, self.metric, rank=rank), off, rank, self.metric)
         found = [(alone, branch, error)]
         if rounds:
-            branch, _ = self._branch(self.strongest, self.dense, rank, None)
+            branch, _ = self._branch(output_basis(self.dense, rank=rank), self.dense, rank, None)
         for _ in range(rounds):
             integers = rounded(self.dense - branch.to_dense().double())
             off = self.dense - integers.to_dense().double()
             found.append((integers, branch, self.error(off - branch.to_dense().double())))
-            branch, error = self._branch(output_basis(off, self.metric), off, rank, self.metric)
+            branch, error = self._branch(output_basis(off, self.metric, rank=rank), off, rank, self.metric)
             found.append((integers, branch, error))
         return min(found, key=lambda made: made[2])
 
