@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from contract.material import normal
 from families import tiny_batch, tiny_config, tiny_model
@@ -103,6 +103,37 @@ def test_folders_reopen_as_they_were(
         export(out, tmp_path / "dense", "dense")
         with torch.no_grad():
             assert torch.allclose(load(tmp_path / "dense")(**tiny_batch()).logits, logits, atol=2e-5)
+
+
+def test_the_library_may_tie_again(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Of BERT's head the bias has a second name: it is stored once, and tying does not trim it."""
+    folder, out = model_folder("bert", tie_word_embeddings=True), tmp_path / "out"
+    compress(folder, out, method="rtn", bits=6, target=["embeddings"])
+    stored = open_source(out).stored
+    assert "cls.predictions.bias" in stored and "cls.predictions.decoder.bias" not in stored
+    model = load(out)
+    with torch.no_grad():
+        logits = model(**tiny_batch()).logits
+        model.tie_weights()
+        assert torch.equal(model(**tiny_batch()).logits, logits)
+        export(out, tmp_path / "dense", "dense")
+        assert torch.allclose(load(tmp_path / "dense")(**tiny_batch()).logits, logits, atol=2e-5)
+
+
+def test_a_table_has_as_many_rows_as_it_says(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    compress(model_folder("llama", tie_word_embeddings=True), tmp_path / "out", method="rtn", bits=6, target=["head"])
+    model = load(tmp_path / "out")
+    assert isinstance(model.resize_token_embeddings(64), QuantizedEmbedding)
+    with pytest.raises(TypeError, match="not an instance of"):
+        model.resize_token_embeddings(70)
+
+
+def test_a_bare_model_opens_with_the_head_that_is_tied_to_it(model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    compress(model_folder("llama", tie_word_embeddings=True), tmp_path / "out", method="rtn", bits=6, target=["head"])
+    AutoModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "bare")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
+    with torch.no_grad():
+        assert torch.equal(model(**tiny_batch()).logits, load(tmp_path / "out")(**tiny_batch()).logits)
 
 
 def test_a_head_is_fitted_to_what_it_reads(model_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:

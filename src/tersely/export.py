@@ -107,7 +107,8 @@ def _module(source: Source, name: str) -> nn.Module:
     """A kind of the folder with its numbers."""
     inside = {n.removeprefix(name).removeprefix("."): spec for n, spec in source.manifest.items() if _below(n, name)}
     module = Made(inside, {}).build()
-    module.load_state_dict(source.state(f"{name}."), assign=True)
+    tied = {n.removeprefix(f"{name}."): source.tensor(n) for n in source.ties if n.startswith(f"{name}.")}
+    module.load_state_dict(source.state(f"{name}.") | tied, assign=True)
     return module
 
 

@@ -77,18 +77,35 @@ class _Loader(importlib.abc.Loader):
 
 def _renamed(manifest: dict[str, dict[str, Any]], model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
     """The manifest of a model with a head, for the bare model or one with another head, and the other way round.  What
-    stands in a head that the model does not have is left out."""
+    stands in a head that the model does not have is left out; a head that the model ties to a table of ours reads it.
+    """
     prefix = f"{model.base_model_prefix}."
     if model.base_model is model:
         bare = {name.removeprefix(prefix): spec for name, spec in manifest.items()}
         return {name: spec for name, spec in bare.items() if hasattr(model, name.partition(".")[0])}
     here = {name: name if hasattr(model, name.partition(".")[0]) else prefix + name for name in manifest}
     base = model.base_model
-    return {
+    found = {
         here[name]: spec
         for name, spec in manifest.items()
         if here[name] == name or hasattr(base, name.partition(".")[0])
     }
+    return _tied_heads(found, model) | found
+
+
+def _tied_heads(manifest: dict[str, dict[str, Any]], model: "PreTrainedModel") -> dict[str, dict[str, Any]]:
+    """The heads that a model ties to tables of the manifest: of a bare model's folder the manifest has none."""
+    from tersely.kinds import QuantizedEmbedding, TiedHead
+
+    heads = {}
+    for name, original in model.all_tied_weights_keys.items():
+        table = manifest.get(original.removesuffix(".weight"))
+        if table is not None and table["kind"] == QuantizedEmbedding.name:
+            path = name.removesuffix(".weight")
+            shape = {"in_features": table["embedding_dim"], "out_features": table["num_embeddings"]}
+            bias = getattr(model.get_submodule(path), "bias", None) is not None
+            heads[path] = {"kind": TiedHead.name, **shape, "group": table["group"], "bias": bias}
+    return heads
 
 
 def _register(tables: ModuleType) -> None:

@@ -11,9 +11,10 @@ table only its gradient is special, and codes have none.
 Tied models make their logits from the table of embeddings.  Then the table has one owner, the embedding, which stores
 it once and counts it once; the head refers to it and holds nothing but its bias.  Both bear the name of the table (the
 embedding's path when it was made), and `link_tables` finds by that name who belongs together, wherever a model class
-has put the modules.  It also takes the head off the list of tied parameters that the library keeps: the weights that
-the two would share are the guards against stock readers, which both must have (see `kinds.base`), and to the length of
-these the library would trim a bias.
+has put the modules.  It also takes the head's weight off the list of tied parameters that the library keeps: what the
+two would share are the guards against stock readers, which both must have (see `kinds.base`).  A bias that the model
+keeps under a second name stays tied.  Whenever the library ties, it trims the bias of a head to the rows of its weight,
+and asks an embedding for the rows of its own; these guards therefore have as many rows as the table, and no column.
 """
 
 from typing import Self
@@ -50,7 +51,7 @@ class QuantizedEmbedding(Kind):
         self.padding_idx = padding
         self.multiplier = multiplier
         self.group = group
-        self.register_buffer("weight", torch.empty(0))
+        self.register_buffer("weight", torch.empty(num_embeddings, 0))
         self.table: nn.Module = nn.Linear(embedding_dim, num_embeddings, bias=False)
 
     @classmethod
@@ -60,7 +61,7 @@ class QuantizedEmbedding(Kind):
         """The embedding whose rows are those of a quantized weight."""
         with torch.device("meta"):
             module = cls(table.out_features, table.in_features, group, padding=padding, multiplier=multiplier)
-        module.weight = torch.empty(0, dtype=table.weight.dtype, device=table.weight.device)
+        module.weight = table.weight.new_empty(table.out_features, 0)
         module.table = table
         return module
 
@@ -112,6 +113,7 @@ class TiedHead(LinearKind):
     def __init__(self, in_features: int, out_features: int, group: str, *, bias: bool = False) -> None:
         super().__init__(in_features, out_features)
         self.group = group
+        self.register_buffer("weight", torch.empty(out_features, 0))
         self._owner: tuple[QuantizedEmbedding, ...] = ()  # in a tuple, where it is neither a child nor a parameter
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
@@ -175,5 +177,4 @@ def link_tables(model: nn.Module) -> None:
                 f"shape {(owner.num_embeddings, owner.embedding_dim)}"
             )
         module._owner = (owner,)
-        for tied in [tied for tied in ties if tied.startswith(f"{name}.")]:
-            del ties[tied]
+        ties.pop(f"{name}.weight", None)
