@@ -17,7 +17,9 @@ from tersely.errors import TerselyError
 from tersely.export import export
 from tersely.kinds import QuantizedEmbedding, QuantizedLinear, TiedHead, dense_weight, link_tables
 from tersely.linalg.grid import fit_grid, fit_table
-from tersely.pipeline import compress, load
+from tersely.pipeline import compress, load, run
+from tersely.prepare import prepare
+from tersely.recipe import recipe_from
 from tersely.verify import verify
 
 EVERYTHING = ["all", "embeddings", "head"]
@@ -134,6 +136,28 @@ def test_a_bare_model_opens_with_the_head_that_is_tied_to_it(model_folder: Calla
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "bare")
     with torch.no_grad():
         assert torch.equal(model(**tiny_batch()).logits, load(tmp_path / "out")(**tiny_batch()).logits)
+
+
+def test_a_head_that_a_rewrite_unties_is_a_target_of_its_own(
+    model_folder: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_from(
+        {
+            "model": str(model_folder("llama", tie_word_embeddings=True)),
+            "step": [
+                {"rewrite": "rotate"},
+                {"method": "rtn", "target": ["embeddings"], "bits": 6},
+                {"method": "gptq", "target": ["head"], "bits": 6},
+            ],
+            "calibration": {"source": [str(text_file)], "length": 32, "samples": 16},
+        }
+    )
+    report = run(prepare(recipe, tmp_path / "out")).report
+    source = open_source(tmp_path / "out")
+    stored = [n for n in source.stored if n.startswith(("model.embed_tokens.", "lm_head."))]
+    assert report.rows[0].value == sum(source.stored_bytes(name) for name in stored)
+    assert report.rows[0].before == 64 * 32 * 4  # once: the two were tied
+    assert report.coverage.startswith("1 of 15 linears touched, and the token embedding")
 
 
 def test_a_head_is_fitted_to_what_it_reads(model_folder: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:

@@ -53,6 +53,8 @@ class Outlook:
     def _check(self, step: Step, built: Any) -> None:
         if isinstance(step, RewriteStep):
             built.check(self._anatomy, self._source.config)
+            if built.settings(self._anatomy).get("tie_word_embeddings") is False:
+                self._anatomy = self._anatomy.untied()
         elif isinstance(step, TrainStep):
             settings_of(step)
             places = self._anatomy.select_places(step.target)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tersely.anatomy import anatomy_of, model_class, needs_first_token
+from tersely.anatomy import Site, anatomy_of, model_class, needs_first_token
 from tersely.checkpoint import Source, locate, open_source, read_config, read_headers, read_tokenizer, write_model
 from tersely.deltas.folder import open_delta, write_delta
 from tersely.errors import RecipeError, TerselyError
@@ -327,6 +327,8 @@ def _scene(prepared: Prepared, number: int, source: Source, statistics: Path | N
 
 def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str, Any]], result: Source) -> Report:
     recipe, anatomy = prepared.recipe, prepared.anatomy
+    if any(done.edit.settings.get("tie_word_embeddings") is False for done in results):
+        anatomy = anatomy.untied()
     selected = {name for done in results for name in done.touched}
     # a later step may address the parts of what an earlier one left behind: what counts is the linear they came from
     sites = (*anatomy.sites, *anatomy.outside)
@@ -350,7 +352,7 @@ def _report(prepared: Prepared, results: Sequence[Done], effects: list[dict[str,
         recipe=asdict(recipe),
         versions=versions(),
         coverage=coverage,
-        rows=[*_sizes(prepared, [s.name for s in targets], result), *(row for done in results for row in done.sizes)],
+        rows=[*_sizes(prepared, targets, result), *(row for done in results for row in done.sizes)],
         sites=[row for done in results for row in done.rows],
         kept=[asdict(kept) for kept in anatomy.kept_beside(targets)],
         steps=effects,
@@ -367,15 +369,18 @@ def _related(first: str, second: str) -> bool:
     return first == second or first.startswith(f"{second}.") or second.startswith(f"{first}.")
 
 
-def _sizes(prepared: Prepared, targets: Sequence[str], result: Source) -> list[Row]:
+def _sizes(prepared: Prepared, targets: Sequence[Site], result: Source) -> list[Row]:
     """All readings of the size, before and after, from the headers of what lies on disk."""
 
     before = prepared.source
 
     def touched(source: Source) -> int:
-        ours = [name for name in source.stored if name.startswith(tuple(f"{t}." for t in targets))]
+        inside = tuple(f"{site.name}." for site in targets)
+        ours = {name for name in source.stored if name.startswith(inside)}
+        # a head that a step gives a weight of its own was a table's before
+        ours |= {original for name, original in source.ties.items() if name.startswith(inside)}
         # of a folder of differences, what lies in its base is not its own
-        ours = [name for name in ours if source.stored[name].file.parent in (source.folder, before.folder)]
+        ours = {name for name in ours if source.stored[name].file.parent in (source.folder, before.folder)}
         return sum(source.stored_bytes(name) for name in ours if not name.endswith(".bias"))
 
     def parameters(source: Source) -> int:
@@ -387,8 +392,7 @@ def _sizes(prepared: Prepared, targets: Sequence[str], result: Source) -> list[R
         codes = [n for n in source.stored if n.startswith(tuple(packed)) and not n.endswith(".bias")]
         return sum(packed.values()) + sum(source.elements(name) for name in source.stored.keys() - set(codes))
 
-    sites = (*prepared.anatomy.sites, *prepared.anatomy.outside)
-    weights = sum(s.out_features * s.in_features for s in sites if s.name in set(targets))
+    weights = sum(site.out_features * site.in_features for site in targets)
     return size_rows(
         (touched(result), touched(before)),
         weights,

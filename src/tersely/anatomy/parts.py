@@ -25,7 +25,7 @@ tensor, and it runs once per forward pass, in the order of the list it is stored
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -89,6 +89,19 @@ class Anatomy:
     def head_is_tied(self) -> bool:
         """Whether the head reads the weight of another part."""
         return self.head is not None and f"{self.head}.weight" in self.tied
+
+    def untied(self) -> "Anatomy":
+        """The same model, its head given a weight of its own."""
+        if not self.head_is_tied or self.table is None or self.table.head is None:
+            return self
+        own = replace(self.table.head, reads="head" if FAMILIES[self.family].final_norm is not None else "")
+        return replace(
+            self,
+            tied=tuple(name for name in self.tied if name != f"{own.name}.weight"),
+            table=replace(self.table, head=None),
+            output=own,
+            kept=tuple(replace(kept, reason="output head") if kept.name == own.name else kept for kept in self.kept),
+        )
 
     def inputs(self, block: int) -> tuple[tuple[str, tuple[Site, ...]], ...]:
         """The inputs of a block, in order of execution: pairs of the key and the sites that read this tensor."""
