@@ -73,7 +73,7 @@ def papers(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def exact(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    return output_basis(weight, gram).factors(rank)
+    return output_basis(weight, gram, rank=rank).factors(rank)
 
 
 def leading(power: int, weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
