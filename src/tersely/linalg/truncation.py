@@ -130,7 +130,8 @@ def _strongest(
 ) -> tuple[Float[Tensor, " count"], Float[Tensor, "side count"]]:
     """The `count` largest eigenvalues, rising, and their eigenvectors; all together where that is as fast."""
     side = len(symmetric)
-    if symmetric.is_cuda or side < SMALL or 2 * count > side:
+    elsewhere = symmetric.device.type != "cpu" or symmetric.requires_grad  # SciPy knows neither
+    if elsewhere or side < SMALL or 2 * count > side:
         energy, directions = torch.linalg.eigh(symmetric)
         return energy[side - count :], directions[:, side - count :]
     with _blas().limit(limits=torch.get_num_threads(), user_api="blas"):

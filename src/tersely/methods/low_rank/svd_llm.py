@@ -110,9 +110,8 @@ class WhitenedSVD:
         check_rank(weight, amount, self.pivot)
         up, down = output_basis(weight, self._metric(stats), rank=amount).factors(amount)
         product = refitted(weight, up, down, damped_gram(stats, self.damping))
-        basis = output_basis(
-            product, rank=amount
-        )  # the product has that rank: nothing is lost, whatever it is stored as
+        # the product has that rank: nothing is lost, whatever it is stored as
+        basis = output_basis(product, rank=amount)
         if self.remap:
             return RemappedLinear.of(product, basis.factors(amount)[0], weight.dtype)
         return factorised(weight, basis, amount, self.pivot)
