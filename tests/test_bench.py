@@ -326,7 +326,7 @@ def trial(tool, model_folder, text_file, in_a_hurry, monkeypatch):
     monkeypatch.setattr(tool, "of_pairs", lambda *_: math.inf)  # of random numbers, nothing is modelled
 
     def make(**more):
-        said = {"model": str(model_folder()), "best": Entry("svd_llm", "uniform", "none"), "keeps": (0.5,)}
+        said = {"model": str(model_folder()), "best": {1.0: Entry("svd_llm", "uniform", "none")}, "keeps": (0.5,)}
         said |= {"others": [Entry("svd", "uniform", "none"), Entry("svd", options={"target": ["nonsense"]})]}
         said |= {"texts": [str(text_file), f"{text_file}[:4000]", f"{text_file}[4000:8000]"], "seeds": (0, 1)}
         said |= {"calibration": Calibration([str(text_file)], samples=4, length=32), "length": 32, "windows": 6}
@@ -346,7 +346,7 @@ def test_the_verdict_pairs_the_best_with_the_strongest_other_per_seed(tool, tria
     assert [(said["place"], said["seed"]) for said in content["verdict"]] == [(p, s) for p in places for s in (0, 1)]
     for said in content["verdict"]:
         texts = asked.texts[1:] if said["place"] == tool.OTHERS else [said["place"]]
-        ours, theirs = rows[asked.best.way, said["seed"]], rows["svd (uniform, none)", said["seed"]]
+        ours, theirs = rows["svd_llm (uniform, none)", said["seed"]], rows["svd (uniform, none)", said["seed"]]
         assert said["strongest"] == "svd (uniform, none)"
         assert said["ratio"] == pytest.approx(tool.perplexity(ours, texts) / tool.perplexity(theirs, texts))
         assert said["lower"] == (max(said["normal"][1], said["bootstrap"][1]) < 0)
@@ -391,12 +391,39 @@ def test_pairs_of_tokens_predict_what_follows_from_the_one_before(tool):
 
 def test_others_are_named_as_the_bench_prints_them(tool, tmp_path):
     best = tool.entry_named("svd_llm (uniform, none)")
-    others = tool.rivals_of(best, None, None)
+    others = tool.rivals_of([best], None, None)
     assert best.way not in {entry.way for entry in others} and len(others) > 5
     assert {entry.compared_with for entry in others} == {"untrained"}
-    assert [entry.way for entry in tool.rivals_of(best, ["asvd (uniform, none)"], None)] == ["asvd (uniform, none)"]
+    assert [entry.way for entry in tool.rivals_of([best], ["asvd (uniform, none)"], None)] == ["asvd (uniform, none)"]
     with pytest.raises(RecipeError, match="unknown way"):
         tool.entry_named("svd_llm (unifrom, none)")
     recipe = tmp_path / "best.toml"
     recipe.write_text('model = "somewhere"\n[[step]]\nmethod = "svd"\nkeep = 0.8\n')
     assert tool.entry_named(str(recipe)).way == "svd (greedy, block)"
+
+
+def test_of_several_recipes_each_is_judged_at_the_sizes_nearest_to_its_own(tool, trial, tmp_path):
+    best = {0.5: Entry("svd_llm", "uniform", "none"), 0.8: Entry("asvd", "uniform", "none")}
+    others = [Entry("svd", "uniform", "none")]
+    content = tool.run(trial(best=best, others=others, keeps=(0.9, 0.6), seeds=(0,)), tmp_path / "one", "command")
+    judged = {said["keep"]: said["way"] for said in content["verdict"]}
+    assert judged == {0.9: "asvd (uniform, none)", 0.6: "svd_llm (uniform, none)"}
+    assert {said["strongest"] for said in content["verdict"]} == {"svd (uniform, none)"}
+    table = (tmp_path / "one.md").read_text()
+    assert "Judged at keep 0.9: **asvd (uniform, none)**" in table
+    # a run that goes on with one more recipe: what it judges elsewhere is no rival
+    best[0.9] = Entry("svd", "uniform", "none")
+    content = tool.run(trial(best=best, others=[], keeps=(0.9,), seeds=(0,)), tmp_path / "one", "command")
+    assert not any("strongest" in said for said in content["verdict"])
+
+
+def test_recipes_that_sizes_do_not_tell_apart_are_refused(tool, tmp_path):
+    for number, keep in enumerate((0.8, 0.9, 0.9)):
+        text = f'model = "somewhere"\n[[step]]\nmethod = "svd"\nkeep = {keep}\n'
+        (tmp_path / f"{number}.toml").write_text(text)
+    one, other, twin = (str(tmp_path / f"{number}.toml") for number in range(3))
+    assert sorted(tool.best_of([one, other])) == [0.8, 0.9]
+    with pytest.raises(RecipeError, match=r"keep 0\.9 is that of another"):
+        tool.best_of([one, other, twin])
+    with pytest.raises(RecipeError, match="name recipes"):
+        tool.best_of([one, "svd (uniform, none)"])

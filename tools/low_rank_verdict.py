@@ -9,7 +9,8 @@ tokens that was counted on half of the text predicts the other half better, is s
 Every seed draws other calibration windows; within a seed all ways share them and their statistics.  Per size, text and
 seed the recipe is paired, window by window, with whichever other way is the strongest there (see
 `tersely.evaluation.paired`): choosing that one after the fact favours the others.  `--against` names other ways as
-`tersely bench low-rank` prints them, or recipes; by default all low-rank entries of the recipe's group.
+`tersely bench low-rank` prints them, or recipes; by default all low-rank entries of the recipe's group.  Of several
+recipes each is judged at the sizes that its own `keep` is nearest to, and at the others it is no rival.
 
 Writes OUT.json row by row and OUT.md at the end.  A run that was stopped goes on, also with more sizes, seeds or ways,
 and what is said at the end is said of all rows: so a way that is far behind for one seed need not be made for others.
@@ -22,8 +23,9 @@ import math
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -61,7 +63,8 @@ class Trial:
     """What is compared, and how."""
 
     model: str
-    best: Entry
+    best: Mapping[float, Entry]
+    """What is judged, under the size that it is meant for."""
     others: Sequence[Entry]
     texts: Sequence[str]
     calibration: Calibration
@@ -71,14 +74,10 @@ class Trial:
     windows: int | None = None
     device: str = "cpu"
 
-    @property
-    def entries(self) -> list[Entry]:
-        return [self.best, *self.others]
-
     def jobs(self) -> Iterator[tuple[int, float, Entry]]:
         for seed in self.seeds:
             for keep in self.keeps:
-                yield from ((seed, keep, entry) for entry in self.entries)
+                yield from ((seed, keep, entry) for entry in (judged(self.best, keep), *self.others))
 
     def cuts(self) -> list[Windows]:
         folder = locate(self.model)
@@ -90,6 +89,11 @@ class Trial:
             )
             for t in self.texts
         ]
+
+
+def judged(best: Mapping[float, Entry], keep: float) -> Entry:
+    """The one whose own size is nearest; of two as near, the one that was named first."""
+    return best[min(best, key=lambda own: abs(own - keep))]
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -126,9 +130,9 @@ def run(trial: Trial, out: Path, command: str) -> dict[str, Any]:
             sys.stderr.write(f"{number}/{len(jobs)} seed {seed} keep {keep} {entry.way}\n")
         if number == len(jobs) or jobs[number][0] != seed:
             shutil.rmtree(statistics, ignore_errors=True)
-    content["verdict"] = verdict(content, trial.best.way, lambda row: read_tensors(work / "losses" / row["losses"]))
+    content["verdict"] = verdict(content, trial.best, lambda row: read_tensors(work / "losses" / row["losses"]))
     commit_text(file, json.dumps(content, indent=1) + "\n")
-    commit_text(out.with_suffix(".md"), markdown(content, trial.best))
+    commit_text(out.with_suffix(".md"), markdown(content))
     return content
 
 
@@ -229,22 +233,26 @@ def perplexity(row: Row, texts: Sequence[str]) -> float:
     return math.exp(fmean(math.log(row["perplexity"][text]) for text in texts))
 
 
-def verdict(content: dict[str, Any], best_way: str, losses_of: Callable[[Row], Losses]) -> list[dict[str, Any]]:
-    """Per size, place and seed: the best, the strongest of the others there, and what pairing says of them.
+def verdict(
+    content: dict[str, Any], best: Mapping[float, Entry], losses_of: Callable[[Row], Losses]
+) -> list[dict[str, Any]]:
+    """Per size, place and seed: what is judged, the strongest of the others there, and what pairing says of them.
     `losses_of`: row → its losses."""
     found = []
+    ours_at_some_size = {entry.way for entry in best.values()}
     for keep in _keeps(content):
+        way = judged(best, keep).way
         for place, texts in places(content).items():
             for seed in _seeds(content):
-                said: dict[str, Any] = {"keep": keep, "place": place, "seed": seed}
+                said: dict[str, Any] = {"keep": keep, "place": place, "seed": seed, "way": way}
                 rows = [row for row in _with_result(content) if (row["keep"], row["seed"]) == (keep, seed)]
-                best = next((row for row in rows if row["way"] == best_way), None)
-                rivals = [row for row in rows if row["way"] != best_way]
-                if best is not None and rivals:
+                own = next((row for row in rows if row["way"] == way), None)
+                rivals = [row for row in rows if row["way"] not in ours_at_some_size]
+                if own is not None and rivals:
                     strongest = min(rivals, key=lambda row: perplexity(row, texts))
-                    ours, theirs = losses_of(best), losses_of(strongest)
+                    ours, theirs = losses_of(own), losses_of(strongest)
                     pair = paired_over([(ours[text], theirs[text]) for text in texts])
-                    said |= {"perplexity": perplexity(best, texts), "strongest": strongest["way"]}
+                    said |= {"perplexity": perplexity(own, texts), "strongest": strongest["way"]}
                     said |= {"strongest_perplexity": perplexity(strongest, texts), "lower": pair.is_lower}
                     said |= {"ratio": pair.ratio, "ratio_interval": pair.ratio_interval, **asdict(pair)}
                 found.append(said)
@@ -254,9 +262,11 @@ def verdict(content: dict[str, Any], best_way: str, losses_of: Callable[[Row], L
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
-def markdown(content: dict[str, Any], best: Entry) -> str:
+def markdown(content: dict[str, Any]) -> str:
     lines = ["Regenerate with:", *(f"- `{command}`" for command in content["commands"]), ""]
-    lines += [f"Judged: **{best.way}** ({best.compared_with}).", ""]
+    for way, said in groupby(content["verdict"], key=lambda said: said["way"]):
+        sizes = ", ".join(str(keep) for keep in dict.fromkeys(one["keep"] for one in said))
+        lines += [f"Judged at keep {sizes}: **{way}**.", ""]
     lines += [*_dense_table(content), "", *_verdict_table(content), ""]
     for place, texts in places(content).items():
         lines += [f"## {place}", "", *_perplexity_table(content, texts), ""]
@@ -364,6 +374,23 @@ def _seeds(content: dict[str, Any]) -> list[int]:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
+def best_of(names: Sequence[str]) -> dict[float, Entry]:
+    """What is judged, under its own size; that of a single name does not matter.  Raises RecipeError for what cannot be
+    told apart by size."""
+    if len(names) == 1:
+        return {1.0: entry_named(names[0])}
+    best: dict[float, Entry] = {}
+    for name in names:
+        if not name.endswith(".toml"):
+            raise RecipeError(f"--best {name}: of several each needs a size that it is meant for; name recipes (.toml)")
+        entry = entry_named(name)
+        (own,) = (step.keep for step in read_recipe(Path(name)).step if getattr(step, "keep", None) is not None)
+        if own in best:
+            raise RecipeError(f"--best {name}: keep {own} is that of another recipe too; give each a size of its own")
+        best[own] = entry
+    return best
+
+
 def entry_named(name: str) -> Entry:
     """A recipe file, or a way of the bench.  Raises RecipeError for neither."""
     if name.endswith(".toml"):
@@ -374,20 +401,20 @@ def entry_named(name: str) -> Entry:
     return ways[name]
 
 
-def rivals_of(best: Entry, names: Sequence[str] | None, group: str | None) -> list[Entry]:
-    """The others, or all low-rank entries of the group; the best itself is none of them."""
+def rivals_of(best: Sequence[Entry], names: Sequence[str] | None, group: str | None) -> list[Entry]:
+    """The others, or all low-rank entries of the group; the best themselves are none of them."""
     if names is None:
-        of_group = group or best.compared_with
+        of_group = group or best[0].compared_with
         others = [entry for entry in LOW_RANK if entry.sizes == "keep" and entry.compared_with == of_group]
     else:
         others = [entry_named(name) for name in names]
-    return [entry for entry in others if entry.way != best.way]
+    return [entry for entry in others if entry.way not in {one.way for one in best}]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--best", required=True, help="a recipe (.toml), or a way of the bench")
+    parser.add_argument("--best", nargs="+", required=True, help="a recipe (.toml) or way of the bench, or recipes")
     parser.add_argument("--against", nargs="+", help="ways of the bench, or recipes; default: all of the group")
     parser.add_argument("--group", choices=GROUPS, help="of the others; default: that of the best")
     parser.add_argument("--keep", nargs="+", type=float, default=list(KEEPS))
@@ -405,11 +432,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     disable_progress_bar()
     if asked.threads is not None:
         torch.set_num_threads(asked.threads)
-    best = entry_named(asked.best)
+    best = best_of(asked.best)
     trial = Trial(
         asked.model,
         best,
-        rivals_of(best, asked.against, asked.group),
+        rivals_of(list(best.values()), asked.against, asked.group),
         asked.text,
         Calibration(asked.calibrate, samples=asked.samples, length=asked.length),
         asked.keep,
