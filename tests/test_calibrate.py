@@ -16,6 +16,7 @@ from tersely.calibrate import ENOUGH, Blocks, Replay, StatisticsStore, Windows, 
 from tersely.checkpoint import ForeignNamesError, Source, open_source, rewrite_names
 from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LowRankLinear, Made
+from tersely.linalg.products import Quicker
 from tersely.recipe import Calibration
 from tersely.stats import STATISTICS, AbsMax, Cross, Gram, Power, Stats
 
@@ -73,7 +74,8 @@ def blocks_of(case: Case) -> Blocks:
 
 @torch.no_grad()
 def seen_in_model(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Module → its first argument and its output in every batch of a plain forward pass of the whole model."""
+    """Module → its first argument and its output in every batch of a forward pass of the whole model, by the library that
+    replay leaves products to: what is seen has to be the same bits."""
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
 
     def note(name: str) -> Callable[..., None]:
@@ -84,8 +86,9 @@ def seen_in_model(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[l
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
-    for rows in windows().split(AT_ONCE):
-        model(rows, use_cache=False)
+    with Quicker():
+        for rows in windows().split(AT_ONCE):
+            model(rows, use_cache=False)
     for hook in hooks:
         hook.remove()
     return seen

@@ -44,6 +44,7 @@ from tersely.kinds import (
     shared_from_factors,
 )
 from tersely.kinds.pivoted import BOUND
+from tersely.linalg.products import Quicker
 from tersely.linalg.truncation import output_basis
 from tersely.methods.low_rank.basis_sharing import BasisSharing
 from tersely.methods.low_rank.joint import JointRank
@@ -716,7 +717,7 @@ def test_a_block_by_itself_reads_the_factor_that_another_one_owns(name, result):
     for index in range(2):
         replay.observe(blocks.dense(index), {}, advance=True)
     model = load(source.folder)
-    with torch.no_grad():
+    with torch.no_grad(), Quicker():
         wanted = model.model(windows, use_cache=False).last_hidden_state
         assert torch.equal(model.model.norm(replay.hidden(0)), wanted)
 

@@ -1,10 +1,11 @@
 r"""Seconds of quantizing a whole model, statistics included: our methods beside the packages of the same algorithm.
 
-    python tools/whole_model_speed.py MODEL --calibrate TEXT --peers bench/peers [--width 4] [--rounds 3] [--out F.md]
+    python tools/whole_model_speed.py MODEL --calibrate TEXT --peers bench/peers [--width 4] [--rounds 3] \
+        [--threads 1 2] [--out F.md]
 
 `tersely bench quantize` lets all ways share one calibration, so that its seconds cannot be held against a package that
 gathers its own.  Here every run starts from nothing: ours and theirs take turns, round after round, and the fastest run
-of each counts.
+of each counts; of a package that is one of three in a process (`bench/peers/request.py`), since the first loads code.
 
 Of a package that is the time of its own call, on a model that is open and windows that are in memory.  Of ours two
 figures: "quantizing" is the same, statistics and codes; "all of it" also reads text and checkpoint, writes the folder
@@ -12,10 +13,11 @@ safely to disk, and reports.
 """
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,22 @@ from tersely.pipeline import run
 from tersely.prepare import prepare
 from tersely.recipe import Calibration
 
-PAIRS: tuple[tuple[str, dict[str, Any], Entry], ...] = (
-    ("hqq", {}, Entry("hqq", propagate="none", sizes=None)),
-    ("sinq", {}, Entry("sinq", propagate="none", sizes=None)),
-    *(
-        ("llmcompressor", {"algorithm": "gptq"}, Entry("gptq", propagate=p, sizes=None))
-        for p in ("none", "block", "input")
+PAIRS: tuple[tuple[str, dict[str, Any], tuple[Entry, ...]], ...] = (
+    ("hqq", {}, (Entry("hqq", propagate="none", sizes=None),)),
+    ("sinq", {}, (Entry("sinq", propagate="none", sizes=None),)),
+    (
+        "llmcompressor",
+        {"algorithm": "gptq"},
+        (
+            Entry("gptq", propagate="none", sizes=None),
+            Entry("gptq", propagate="none", options={"shrink": True}, sizes=None),
+            Entry("gptq", propagate="block", sizes=None),
+            Entry("gptq", propagate="input", sizes=None),
+        ),
     ),
 )
-"""Package, its settings, and ours by the same algorithm: on the inputs of the dense model, block after block behind
-what is quantized already, as llmcompressor does, and input after input."""
+"""Package, its settings, and ours by the same algorithm: on the inputs of the dense model, also with a search for the
+range of every group, block after block behind what is quantized already, as llmcompressor does, input after input."""
 QUANTIZING = ("replay", "curves", "allocate", "factorise")
 
 
@@ -52,14 +60,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="a table for each")
     parser.add_argument("--out", type=Path, help="a Markdown file that gets the table, too")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    lines = [f"Regenerate with `{shlex.join(['python', 'tools/whole_model_speed.py', *sys.argv[1:]])}`.", ""]
-    for line in table(given):
-        print(line, flush=True)
-        lines.append(line)
+    lines = [f"Regenerate with `{shlex.join(['python', 'tools/whole_model_speed.py', *sys.argv[1:]])}`."]
+    for threads in given.threads:
+        torch.set_num_threads(threads)
+        for line in ("", *table(given)):
+            print(line, flush=True)
+            lines.append(line)
     if given.out is not None:
         commit_text(given.out, "\n".join(lines) + "\n")
 
@@ -68,44 +77,48 @@ def table(given: argparse.Namespace) -> Iterator[str]:
     calibration = Calibration(source=given.calibrate, samples=given.samples, length=given.length, order="first")
     setting = Setting(given.model, calibration)
     yield (
-        f"{given.width} bits in groups of 64; {given.samples} windows of {given.length}; {given.threads} threads, "
-        f"{given.rounds} rounds, the fastest of each; torch {torch.__version__}"
+        f"{given.width} bits in groups of 64; {given.samples} windows of {given.length}; {torch.get_num_threads()} of "
+        f"{os.cpu_count()} threads, {given.rounds} rounds, the fastest of each; torch {torch.__version__}"
     )
     yield from (
         "",
         "| package | its seconds | ours | quantizing, s | all of it, s | package / quantizing | package / all of it |",
         "|---|--:|---|--:|--:|--:|--:|",
     )
-    for package, settings, entry in PAIRS:
+    for package, settings, entries in PAIRS:
         (peer,) = (
             one
             for one in peers_in(given.peers)
             if one.package == package and one.options == {"width": given.width, "group": 64, **settings}
         )
-        theirs, inner, whole = fastest(peer, entry, setting, given)
-        yield (
-            f"| {peer.package} | {theirs:.2f} | {entry.way} | {inner:.2f} | {whole:.2f} | {theirs / inner:.2f} | "
-            f"{theirs / whole:.2f} |"
-        )
+        theirs, ours = fastest(peer, entries, setting, given)
+        for entry, (inner, whole) in zip(entries, ours, strict=True):
+            yield (
+                f"| {peer.package} | {theirs:.2f} | {entry.way} | {inner:.2f} | {whole:.2f} | {theirs / inner:.2f} | "
+                f"{theirs / whole:.2f} |"
+            )
 
 
-def fastest(peer: Peer, entry: Entry, setting: Setting, given: argparse.Namespace) -> tuple[float, float, float]:
-    """The package's seconds, ours of quantizing, and ours of everything."""
-    theirs, inner, whole = [], [], []
+def fastest(
+    peer: Peer, entries: Sequence[Entry], setting: Setting, given: argparse.Namespace
+) -> tuple[float, list[tuple[float, float]]]:
+    """The package's seconds, and ours, those of quantizing and of everything."""
+    theirs: list[float] = []
+    ours: list[list[tuple[float, float]]] = [[] for _ in entries]
     for _ in range(given.rounds):
         with tempfile.TemporaryDirectory() as scratch:
             found = dequantized(peer, setting, Path(scratch, "theirs"))
             if not isinstance(found, Dequantized):
                 raise SystemExit(f"{peer.package}: {next(iter(found.values()))}")
             theirs.append(found.costs["seconds"])
-            sized = Entry(entry.method, entry.allocate, entry.propagate, {"width": given.width}, sizes=None)
-            recipe = sized.recipe(setting, None)
-            if not METHODS[entry.method]().needs:  # text would be read only to measure errors
-                recipe = replace(recipe, calibration=Calibration())
-            seconds = run(prepare(recipe, Path(scratch, "ours"))).report.seconds
-            inner.append(sum(seconds.get(stage, 0.0) for stage in QUANTIZING))
-            whole.append(seconds["everything"])
-    return min(theirs), min(inner), min(whole)
+            for number, entry in enumerate(entries):
+                recipe = replace(entry, options={"width": given.width, **entry.options}).recipe(setting, None)
+                if not METHODS[entry.method]().needs:  # text would be read only to measure errors
+                    recipe = replace(recipe, calibration=Calibration())
+                seconds = run(prepare(recipe, Path(scratch, f"ours-{number}"))).report.seconds
+                quantizing = sum(seconds.get(stage, 0.0) for stage in QUANTIZING)
+                ours[number].append((quantizing, seconds["everything"]))
+    return min(theirs), [(min(inner), min(whole)) for inner, whole in (zip(*of, strict=True) for of in ours)]
 
 
 if __name__ == "__main__":

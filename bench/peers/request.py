@@ -34,7 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-SHORT = 3.0
+SHORT = 30.0
 REPEATS = 3
 
 T = TypeVar("T")

@@ -27,6 +27,7 @@ from tersely.checkpoint import Source, State, fill
 from tersely.errors import NumericalError, RecipeError
 from tersely.journal import commit_tensors, read_tensors
 from tersely.kinds import Made, SharedLinear, link, orphans, owner_of
+from tersely.linalg.products import Quicker
 from tersely.recipe import Calibration
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
 from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
@@ -152,7 +153,7 @@ class Replay:
         dense: dict[str, Tensor] = {}
         shape = [0, 0]
         here, there = _Reads(inputs), _Reads(inputs)
-        with _watching(block, inputs, dense, shape, here):
+        with Quicker(), _watching(block, inputs, dense, shape, here):
             for i in range(len(self._hidden)):
                 shape[:] = self._hidden[i].shape[:2]
                 if beside is not None:
@@ -162,7 +163,7 @@ class Replay:
                     out = self._run(block, i)
                 if out is None:
                     continue
-                if not torch.isfinite(out).all():
+                if not all(math.isfinite(extreme) for extreme in out.aminmax()):
                     where = (*self._anatomy.blocks, "the final norm")[self.at]
                     raise NumericalError(
                         f"{where}: the hidden state is not finite for calibration batch {i}; "
@@ -202,7 +203,7 @@ class Replay:
 
         hooks = [block.get_submodule(path).register_forward_pre_hook(watch(key)) for key, (path, _) in inputs.items()]
         try:
-            with reads.of_batch(whole=False):
+            with Quicker(), reads.of_batch(whole=False):
                 self._run(block, batch)
         finally:
             for hook in hooks:

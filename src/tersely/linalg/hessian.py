@@ -121,10 +121,12 @@ def sweep(weight: Float[Tensor, "out in"], spread: Feedback, decide: Decide, *, 
         end = min(start + block, len(columns))
         left = torch.addmm(columns[start:end], follows[start:end, :start], off[:start])
         inside = follows[start:end, start:end].T.contiguous()
-        for i in range(end - start):
+        # views are made all at once: one by one they would take as long as the sums
+        rows = zip(columns[start:end].unbind(), off[start:end].unbind(), left.unbind(), inside.unbind(), strict=True)
+        for i, (column, decided, rest, shares) in enumerate(rows):
             value = decide(start + i, left[i:])
-            decided = torch.sub(columns[start + i], value, out=off[start + i])
-            left[i + 1 :].addr_(inside[i, i + 1 :], decided)
-            left[i] -= value
+            torch.sub(column, value, out=decided)
+            left[i + 1 :].addr_(shares[i + 1 :], decided)
+            rest.sub_(value)
         cost += torch.linalg.vector_norm(left.mul_(own[start:end, None]), dtype=torch.float64) ** 2
     return Swept(off, float(cost))

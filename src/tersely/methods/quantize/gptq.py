@@ -134,8 +134,8 @@ def rounded_with_feedback(
     Scales of columns need no Hessian of their own: with W / t and diag(t) H diag(t) every e_i would be the same.
     Raises NumericalError where the feedback leaves the finite numbers.
     """
-    scales = grid.scales.values().to(weight.dtype).T.contiguous()
-    zeros = grid.zeros(weight.dtype).T.contiguous()
+    scales = grid.scales.values().to(weight.dtype).T.contiguous().unbind()
+    zeros = grid.zeros(weight.dtype).T.contiguous().unbind()
     stretch = None if grid.columns is None else grid.columns.values().to(weight.dtype).tolist()
     columns, size = spread.order.tolist(), group_size(weight.shape[1], grid.group)
     codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
