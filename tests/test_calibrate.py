@@ -74,8 +74,9 @@ def blocks_of(case: Case) -> Blocks:
 
 @torch.no_grad()
 def seen_in_model(model: PreTrainedModel, names: list[str]) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """Module → its first argument and its output in every batch of a forward pass of the whole model, by the library that
-    replay leaves products to: what is seen has to be the same bits."""
+    """Module → its first argument and its output in every batch of a forward pass of the whole model.
+
+    Products are those of replay: what is seen has to be the same bits."""
     seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names}
 
     def note(name: str) -> Callable[..., None]:

@@ -19,15 +19,16 @@ from torch import Tensor
 
 BUCKET = 32
 """Windows that are averaged; the order of the paper's."""
-STRIP = 128
-"""Columns whose products with all before them are formed at once: half of all at width 4096, two thirds at 384.
-Narrower strips multiply less and do it slower."""
+STRIPS = 8
+NARROWEST, WIDEST = 64, 256
+"""Strips of a Gram matrix, and bounds on the columns of one: their products with all columns before them are formed at
+once.  Narrower strips multiply less and do it slower."""
 
 
 def add_moment(total: Float[Tensor, "width width"], x: Float[Tensor, "tokens width"]) -> None:
     """Add xᵀ x, formed in the dtype of x."""
     width = x.shape[1]
-    strip = width if x.is_cuda else STRIP  # a graphics card wants one large product
+    strip = width if x.is_cuda else min(max(width // STRIPS, NARROWEST), WIDEST)  # a graphics card wants one product
     for start in range(0, width, strip):
         end = min(start + strip, width)
         below = x[:, start:end].T @ x[:, :end]
