@@ -130,6 +130,15 @@ def test_every_block_returns_what_it_returns_in_the_model(family, dtype, case):
     assert replay.at == len(tried.anatomy.blocks)
 
 
+def test_products_of_replay_differ_from_the_plain_ones_by_rounding_alone(case):
+    tried = case("llama")
+    last = tried.anatomy.blocks[-1]
+    with torch.no_grad():
+        plain = [tried.model.model(rows, use_cache=False).last_hidden_state for rows in windows().split(AT_ONCE)]
+    quick = [tried.model.model.norm(out) for out in seen_in_model(tried.model, [last])[last][1]]
+    torch.testing.assert_close(quick, plain, rtol=1e-5, atol=1e-5)
+
+
 @every_family
 def test_the_gram_matrix_of_every_input_is_that_of_the_whole_model(family, case):
     tried = case(family)

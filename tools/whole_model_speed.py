@@ -7,9 +7,9 @@ r"""Seconds of quantizing a whole model, statistics included: our methods beside
 gathers its own.  Here every run starts from nothing: ours and theirs take turns, round after round, and the fastest run
 of each counts; of a package that is one of three in a process (`bench/peers/request.py`), since the first loads code.
 
-Of a package that is the time of its own call, on a model that is open and windows that are in memory.  Of ours two
-figures: "quantizing" is the same, statistics and codes; "all of it" also reads text and checkpoint, writes the folder
-safely to disk, and reports.
+Of a package that is the time of its own call, on a model that is open and windows that are in memory.  Of ours three
+figures: "quantizing" is the same, statistics and codes; "statistics" its forward passes and sums, without the codes;
+"all of it" also reads text and checkpoint, writes the folder safely to disk, and reports.
 """
 
 import argparse
@@ -82,8 +82,9 @@ def table(given: argparse.Namespace) -> Iterator[str]:
     )
     yield from (
         "",
-        "| package | its seconds | ours | quantizing, s | all of it, s | package / quantizing | package / all of it |",
-        "|---|--:|---|--:|--:|--:|--:|",
+        "| package | its seconds | ours | statistics, s | quantizing, s | all of it, s | package / quantizing | "
+        "package / all of it |",
+        "|---|--:|---|--:|--:|--:|--:|--:|",
     )
     for package, settings, entries in PAIRS:
         (peer,) = (
@@ -92,19 +93,19 @@ def table(given: argparse.Namespace) -> Iterator[str]:
             if one.package == package and one.options == {"width": given.width, "group": 64, **settings}
         )
         theirs, ours = fastest(peer, entries, setting, given)
-        for entry, (inner, whole) in zip(entries, ours, strict=True):
+        for entry, (statistics, inner, whole) in zip(entries, ours, strict=True):
             yield (
-                f"| {peer.package} | {theirs:.2f} | {entry.way} | {inner:.2f} | {whole:.2f} | {theirs / inner:.2f} | "
-                f"{theirs / whole:.2f} |"
+                f"| {peer.package} | {theirs:.2f} | {entry.way} | {statistics:.2f} | {inner:.2f} | {whole:.2f} | "
+                f"{theirs / inner:.2f} | {theirs / whole:.2f} |"
             )
 
 
 def fastest(
     peer: Peer, entries: Sequence[Entry], setting: Setting, given: argparse.Namespace
-) -> tuple[float, list[tuple[float, float]]]:
-    """The package's seconds, and ours, those of quantizing and of everything."""
+) -> tuple[float, list[list[float]]]:
+    """The package's seconds, and ours of every entry: of statistics, of quantizing and of everything."""
     theirs: list[float] = []
-    ours: list[list[tuple[float, float]]] = [[] for _ in entries]
+    ours: list[list[tuple[float, float, float]]] = [[] for _ in entries]
     for _ in range(given.rounds):
         with tempfile.TemporaryDirectory() as scratch:
             found = dequantized(peer, setting, Path(scratch, "theirs"))
@@ -117,8 +118,8 @@ def fastest(
                     recipe = replace(recipe, calibration=Calibration())
                 seconds = run(prepare(recipe, Path(scratch, f"ours-{number}"))).report.seconds
                 quantizing = sum(seconds.get(stage, 0.0) for stage in QUANTIZING)
-                ours[number].append((quantizing, seconds["everything"]))
-    return min(theirs), [(min(inner), min(whole)) for inner, whole in (zip(*of, strict=True) for of in ours)]
+                ours[number].append((seconds.get("replay", 0.0), quantizing, seconds["everything"]))
+    return min(theirs), [[min(column) for column in zip(*of, strict=True)] for of in ours]
 
 
 if __name__ == "__main__":
