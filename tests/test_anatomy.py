@@ -85,6 +85,34 @@ def test_heads_and_roles_fit_the_shapes(family):
 
 
 @every_family
+def test_what_writes_to_the_residual_stream_is_added_to_what_its_norm_reads(family):
+    """The stream before and what attention writes are the stream before the MLP; that, and what the MLP writes, are the
+    output.  Where both run side by side the MLP alone counts, and all three add up to the output."""
+    model = tiny_model(family).eval()
+    anatomy, read, given = anatomy_of(model), {}, {}
+
+    def note(name):
+        def hook(module, arguments, out):
+            read[name], given[name] = (t.reshape(-1, t.shape[-1]) for t in (arguments[0], out))
+
+        return hook
+
+    doors = FAMILIES[family].norms
+    before_mlp = [f"{block}.{doors['mlp.in']}" for block in anatomy.blocks] if anatomy.streams else []
+    for name in (*(s.name for s in anatomy.sites), *anatomy.streams.values(), *anatomy.blocks, *before_mlp):
+        model.get_submodule(name).register_forward_hook(note(name))
+    with torch.no_grad():
+        model(**tiny_batch())
+    writers = [site for site in anatomy.sites if site.name in anatomy.streams]
+    assert bool(writers) != bool(anatomy.mixed_norms)
+    beside = {s.block: given[s.name] for s in anatomy.sites if s.role == "attention.o" and s not in writers}
+    for site in writers:
+        after = read[before_mlp[site.block]] if site.role == "attention.o" else given[anatomy.blocks[site.block]]
+        summed = read[anatomy.streams[site.name]] + given[site.name] + beside.get(site.block, 0)
+        torch.testing.assert_close(summed, after, rtol=1e-5, atol=1e-5)
+
+
+@every_family
 @pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification])
 def test_the_head_does_not_matter(family, head):
     model = tiny_model(family)

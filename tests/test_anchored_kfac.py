@@ -9,7 +9,7 @@ from tersely.errors import RecipeError
 from tersely.methods.low_rank.aa_svd import AnchoredSVD
 from tersely.methods.low_rank.anchored_kfac import AnchoredTwoSidedSVD
 from tersely.methods.low_rank.kfac_svd import TwoSidedSVD
-from tersely.stats import Cross, Gram, OutputGram, Stats
+from tersely.stats import Cross, Drift, Gram, OutputGram, Stats
 
 EXACT = {"shrink_inputs": 0.0, "shrink_gradients": 0.0}
 
@@ -53,6 +53,30 @@ def test_its_error_is_the_least_possible_and_the_dropped_energy(case, anchor):
         assert lost(weight, made, case, anchor) == pytest.approx(least + option.error, rel=1e-6)
 
 
+@pytest.mark.parametrize("residual", [0.5, 1.0])
+def test_what_writes_to_the_stream_makes_up_for_its_drift(case, residual):
+    """The least error in W y + residual (h - ĥ), and the dropped energy on top."""
+    weight, dense, shifted, gradients, stats = case
+    drift = dense @ normal(dense.shape[1], len(weight), seed=7) + normal(len(dense), len(weight), seed=8)
+    seen = Stats({Drift: Drift(dense.shape[1])})
+    seen.update(shifted, dense, drift)
+    method = AnchoredTwoSidedSVD(0.5, residual=residual, damping=0.0, **EXACT)
+    target = (shifted + dense) / 2 @ weight.T + residual * drift
+    root = torch.linalg.cholesky(gradients.T @ gradients / len(gradients))
+
+    def missed(made: Tensor) -> float:
+        return ((target - shifted @ made.T) @ root).square().sum(1).mean().item()
+
+    least = missed(torch.linalg.lstsq(shifted, target).solution.T)
+    for option in method.options(weight, stats | seen)[1:]:
+        made = method.compress(weight, stats | seen, option.amount).to_dense()
+        assert missed(made) == pytest.approx(least + option.error, rel=1e-6)
+    nothing_drifted = Stats({Drift: Drift(dense.shape[1])})
+    without = AnchoredTwoSidedSVD(0.5, damping=0.0, **EXACT).compress(weight, stats, 5).to_dense()
+    assert torch.equal(method.compress(weight, stats | nothing_drifted, 5).to_dense(), without)
+    assert torch.equal(method.compress(weight, stats, 5).to_dense(), without)  # of the dense model nobody gathers it
+
+
 @pytest.mark.parametrize("rank", [2, 7, 12])
 def test_nothing_of_that_rank_does_better_in_its_objective(case, rank):
     weight, *_, stats = case
@@ -86,7 +110,9 @@ def test_on_dense_inputs_it_is_two_sided(case):
     assert torch.equal(ours.compress(weight, same, 3).to_dense(), theirs.compress(weight, same, 3).to_dense())
 
 
-@pytest.mark.parametrize("wrong", [{"anchor": 1.5}, {"shrink_inputs": -0.1}, {"shrink_gradients": 2}, {"damping": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"anchor": 1.5}, {"residual": 2}, {"shrink_inputs": -0.1}, {"shrink_gradients": 2}, {"damping": -1}]
+)
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(RecipeError, match="anchored_kfac"):
         AnchoredTwoSidedSVD(**wrong)

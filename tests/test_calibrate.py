@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from families import TINY, tiny_config, tiny_model
 from tersely import calibrate
 from tersely.anatomy import Anatomy, anatomy_of
-from tersely.calibrate import ENOUGH, Blocks, Replay, StatisticsStore, Windows, read_windows, watch_list
+from tersely.calibrate import ENOUGH, Blocks, Replay, StatisticsStore, Windows, read_windows, stream_list, watch_list
 from tersely.checkpoint import ForeignNamesError, Source, open_source, rewrite_names
 from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LowRankLinear, Made
 from tersely.linalg.products import Quicker
 from tersely.recipe import Calibration
-from tersely.stats import STATISTICS, AbsMax, Cross, Gram, Power, Stats
+from tersely.stats import STATISTICS, AbsMax, Cross, Drift, Gram, Power, Stats
 
 every_family = pytest.mark.parametrize("family", TINY)
 
@@ -209,6 +209,39 @@ def test_what_comes_behind_the_last_read_is_computed_for_nobody(family, beside, 
     assert equal([found[0][kind].mean()], [found[1][kind].mean()])
     if family not in ("mixtral", "qwen3_moe"):  # an expert runs for the batches that are sent to it
         assert ran == [1, -(-ROWS // AT_ONCE)]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "gpt_neox"])
+def test_how_far_the_stream_has_drifted_where_a_linear_writes_to_it(family, case):
+    """E[(h - ĥ) x̂ᵀ], h and ĥ as the norm before attention or MLP reads them in the dense and in the cut model."""
+    tried = case(family)
+    name = next(site.name for site in tried.anatomy.sites if site.block == 0 and site.role == "mlp.up")
+    cut, damage = type(tried.model)(tried.model.config).eval(), torch.full((), 0.9)
+    cut.load_state_dict(tried.model.state_dict())
+    cut.get_submodule(name).weight.data.mul_(damage)
+    sites = [site for site in tried.anatomy.sites if site.block == 1]
+    streams = stream_list(tried.anatomy, 1, sites)
+    prefix = f"{tried.anatomy.blocks[1]}."
+    norms = [prefix + norm for norm in streams.values()]
+
+    replay, blocks = replay_of(tried), blocks_of(tried)
+    dense = replay.fork()
+    replay.observe(cut.get_submodule(tried.anatomy.blocks[0]), {}, advance=True)
+    dense.observe(blocks.dense(0), {}, advance=True)
+    watched = watch_list(tried.anatomy, 1, sites, [Cross, Drift], "cpu")
+    replay.observe(blocks.dense(1), watched, advance=False, beside=(dense, blocks.dense(1)), streams=streams)
+
+    before, after = (seen_in_model(model, norms) for model in (tried.model, cut))
+    assert len(streams) == (1 if family == "gpt_neox" else 2)
+    for key, (path, stats) in watched.items():
+        if key not in streams:
+            assert len(stats[Drift].mean()) == 0
+            continue
+        read = torch.cat([x.flatten(0, -2) for x in seen_in_model(cut, [prefix + path])[prefix + path][0]])
+        h, shifted = (torch.cat([x.flatten(0, -2) for x in s[prefix + streams[key]][0]]) for s in (before, after))
+        wanted = (h - shifted).double().T @ read.double() / len(read)
+        assert wanted.abs().max() > 1e-6
+        assert torch.allclose(stats[Drift].mean(), wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_a_block_that_reads_twice_is_seen_twice(case):

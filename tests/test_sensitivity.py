@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tersely import journal, planning, sensitivity
+from tersely import journal, planning, predictions, sensitivity
 from tersely.allocate import ALLOCATORS, Measures, Plan, curve_of
 from tersely.anatomy import anatomy_of
 from tersely.calibrate import Blocks
@@ -128,8 +128,8 @@ def test_nothing_done_does_no_harm(measured, laboratory):
 
 def test_heads_asked_piece_by_piece_say_the_same(laboratory, monkeypatch):
     whole = [laboratory(m).harm(0, target_in(laboratory(m), 1), {}, [Option(1, 7, 0.0)])[7] for m in ("kl", "loss")]
-    monkeypatch.setattr(sensitivity, "LOGITS_AT_ONCE", 900)
-    monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr(predictions, "LOGITS_AT_ONCE", 900)
+    monkeypatch.setattr(predictions, "TOKENS_AT_ONCE", 32)
     pieces = [laboratory(m).harm(0, target_in(laboratory(m), 1), {}, [Option(1, 7, 0.0)])[7] for m in ("kl", "loss")]
     assert pieces == pytest.approx(whole, rel=1e-4)
 

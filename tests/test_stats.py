@@ -14,6 +14,7 @@ from tersely.stats import (
     BucketGram,
     Cross,
     DiagonalFisher,
+    Drift,
     Fisher,
     Gram,
     MeanGradient,
@@ -51,6 +52,7 @@ def by_definition(kind: type[Statistic], x: Tensor) -> Tensor:
         Gram: gram,
         BucketGram: gram,  # of one window
         Cross: gram,  # nothing has been shifted
+        Drift: x[:0],  # nor has the stream drifted
         OutputGram: gram,  # of gradients in the place of inputs
         Fisher: x.square().mean(0),  # of the rows of a weight's gradient
         DiagonalFisher: x.square().mean(0),  # of the gradient in a weight, one window a row
@@ -135,6 +137,19 @@ def test_a_restored_statistic_is_another_one(kind):
     assert torch.equal(statistic.mean(), before)
 
 
+def test_how_far_the_stream_has_drifted_is_told_input_by_input():
+    x, drift = rows(20), rows(20, width=3, seed=1)
+    first, second = Drift(WIDTH), Drift(WIDTH)
+    Stats({Drift: first}).update(x[:8], x[:8], drift[:8])
+    Stats({Drift: second}).update(x[8:], x[8:], drift[8:])
+    for merged in (Drift(WIDTH), Drift.restore(first.state())):
+        for part in (first, second)[merged.tokens > 0 :]:
+            merged.merge(part)
+        torch.testing.assert_close(merged.mean(), drift.T @ x / 20, rtol=1e-12, atol=1e-13)
+        assert merged.tokens == 20
+    assert torch.equal(first.mean(), drift[:8].T @ x[:8] / 8)
+
+
 def test_the_diagonal_of_the_gram_matrix_is_the_power():
     gram, power = gathered(Gram, rows(50)), gathered(Power, rows(50))
     torch.testing.assert_close(gram.mean().diagonal(), power.mean(), rtol=1e-13, atol=0)
@@ -165,7 +180,10 @@ def test_channels_are_measured_in_float64_whatever_comes(kind, dtype):
 def test_what_is_not_finite_does_not_vanish_in_a_sum(kind, bad):
     x = rows(30)
     x[4, 2] = bad
-    assert not gathered(kind, *x.split(10)).mean().isfinite().all()
+    statistic = kind(WIDTH)
+    for piece in x.split(10):
+        Stats({kind: statistic}).update(piece, piece, piece)
+    assert not statistic.mean().isfinite().all()
 
 
 @every_statistic

@@ -12,7 +12,7 @@ there.
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from tersely.linalg.products import Quicker
 from tersely.recipe import Calibration
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
 from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
+from tersely.watching import Beside, Reads, holding, watching
 
 TOKENS_AT_ONCE = 2048
 """Tokens in a batch: enough to keep the processor busy, few enough for the widest intermediate of a block."""
@@ -142,22 +143,25 @@ class Replay:
         *,
         advance: bool,
         beside: "tuple[Replay, nn.Module] | None" = None,
+        streams: Mapping[str, str] | None = None,
     ) -> None:
         """Run `block`, the one at `at`, over the stream.
 
         `inputs`: key → (path inside the block of a linear that reads this input, statistics to update).  With `advance`
         the outputs become the stream before the next block; without, a batch ends with the last input to be seen.
         `beside`: the dense stream at the same block and that block as it was; statistics then see both versions of
-        every input.  Raises NumericalError where outputs are not finite.
+        every input.  `streams`: key → path inside the block of the norm that reads the residual stream as it is where
+        readers of this input write to it; statistics then see how far that has drifted.  Raises NumericalError where
+        outputs are not finite.
         """
-        dense: dict[str, Tensor] = {}
+        dense, streams = Beside(), streams or {}
         shape = [0, 0]
-        here, there = _Reads(inputs), _Reads(inputs)
-        with Quicker(), _watching(block, inputs, dense, shape, here):
+        here, there = Reads(inputs), Reads(inputs)
+        with Quicker(), watching(block, inputs, dense, streams, shape, here):
             for i in range(len(self._hidden)):
                 shape[:] = self._hidden[i].shape[:2]
                 if beside is not None:
-                    dense.update(beside[0]._inputs_of(beside[1], i, inputs, there))
+                    beside[0]._read_beside(beside[1], i, inputs, streams, there, dense)
                 out = None
                 with here.of_batch(whole=advance):
                     out = self._run(block, i)
@@ -188,27 +192,32 @@ class Replay:
         out: Tensor = block(self._hidden[batch].to(self._device), *arguments, **keywords)
         return out
 
-    def _inputs_of(
-        self, block: nn.Module, batch: int, inputs: Mapping[str, tuple[str, Stats]], reads: "_Reads"
-    ) -> dict[str, Tensor]:
-        """What the watched linears of `block` read of one batch."""
-        read: dict[str, Tensor] = {}
+    def _read_beside(
+        self,
+        block: nn.Module,
+        batch: int,
+        inputs: Mapping[str, tuple[str, Stats]],
+        streams: Mapping[str, str],
+        reads: Reads,
+        into: Beside,
+    ) -> None:
+        """Put what the watched linears of `block`, and the norms before them, read of one batch."""
 
         def watch(key: str) -> Any:
             def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                read[key] = arguments[0].flatten(0, -2)
+                into.inputs[key] = arguments[0].flatten(0, -2)
                 reads.note(key)
 
             return note
 
         hooks = [block.get_submodule(path).register_forward_pre_hook(watch(key)) for key, (path, _) in inputs.items()]
+        hooks += holding(block, streams.values(), into.streams)
         try:
             with Quicker(), reads.of_batch(whole=False):
                 self._run(block, batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        return read
 
 
 class Blocks:
@@ -317,6 +326,15 @@ class StatisticsStore:
         return self.folder / f"{block:04}.{name}.safetensors"
 
 
+def stream_list(anatomy: Anatomy, block: int, wanted: Iterable[Site]) -> dict[str, str]:
+    """For the inputs of those wanted sites of a block that write to the residual stream: the argument `streams` of
+    `Replay.observe`."""
+    prefix = "" if block == len(anatomy.blocks) else f"{anatomy.blocks[block]}."
+    return {
+        site.reads: anatomy.streams[site.name].removeprefix(prefix) for site in wanted if site.name in anatomy.streams
+    }
+
+
 def watch_list(
     anatomy: Anatomy, block: int, wanted: Iterable[Site], needs: Iterable[type[Statistic]], device: str
 ) -> dict[str, tuple[str, Stats]]:
@@ -337,68 +355,6 @@ def watch_list(
             stats = Stats({kind: kind(sites[0].in_features, device) for kind in needs})
             watched[key] = ("head" if outside else sites[0].name.removeprefix(prefix), stats)
     return watched
-
-
-class _Enough(Exception):
-    """All that was to be seen of a batch has been seen."""
-
-
-class _Reads:
-    """When everything has been read.  The first batch runs to its end; if it read each input once, so will others, and
-    they are stopped at the last of these reads: what comes behind it is computed for nobody."""
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._keys = sorted(keys)
-        self._read: list[str] = []
-        self._once = self._stops = False
-
-    @contextmanager
-    def of_batch(self, *, whole: bool) -> Iterator[None]:
-        """Around the run of a batch, which may be stopped unless all of it is wanted."""
-        self._read, self._stops = [], self._once and not whole
-        try:
-            yield
-        except _Enough:
-            return
-        self._once = sorted(self._read) == self._keys
-
-    def note(self, key: str) -> None:
-        """Told by whoever watches, when it is done with an input."""
-        self._read.append(key)
-        if self._stops and len(self._read) == len(self._keys):
-            raise _Enough
-
-
-@contextmanager
-def _watching(
-    block: nn.Module,
-    inputs: Mapping[str, tuple[str, Stats]],
-    dense: Mapping[str, Tensor],
-    shape: Sequence[int],
-    reads: _Reads,
-) -> Iterator[None]:
-    """Statistics are updated as the block runs; `dense` holds the dense version of the present batch, if there is
-    one, `shape` says how many windows of how many tokens it has, and `reads` is told."""
-
-    def watch(key: str, stats: Stats) -> Any:
-        def update(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0]
-            # OPT's MLP reads the tokens of all windows as the rows of one matrix
-            stats.update(
-                x.unflatten(0, tuple(shape)) if x.ndim == 2 and len(x) == math.prod(shape) else x, dense.get(key)
-            )
-            reads.note(key)
-
-        return update
-
-    hooks = [
-        block.get_submodule(path).register_forward_pre_hook(watch(key, stats)) for key, (path, stats) in inputs.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _without_blocks(source: Source, anatomy: Anatomy, device: str) -> nn.Module:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
-from tersely import gating, gradients, planning, sensitivity
+from tersely import gating, gradients, planning, sensitivity, temper
 from tersely.allocate import Learned
 from tersely.allocate.search import RATIOS
 from tersely.anatomy import Site
 from tersely.calibrate import TOKENS_AT_ONCE
 from tersely.checkpoint import Source
-from tersely.prepare import Examined, examine, learns, measures, seeks, statistic_bytes
+from tersely.prepare import Examined, examine, learns, measures, seeks, statistic_bytes, tempers
 from tersely.recipe import CacheStep, MethodStep, Recipe, TrainStep
 from tersely.report.rows import format_value
 from tersely.stats import Gram, Statistic, keyed_by
@@ -31,6 +31,7 @@ from tersely.text import window_length
 PROCESS = 400 * 10**6  # the interpreter with torch and transformers loaded
 EIGH = 9  # operations per n³ that a symmetric eigenproblem with vectors is counted as
 DOUBLE = 8  # bytes
+FACTORS = 15  # that are tried for a temperature
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,15 @@ def _at_once(recipe: Recipe, found: Examined) -> int:
         batch = gradients.TOKENS_AT_ONCE * sum(site.in_features + site.out_features for site in sites)
         needed = source.nbytes() + gathered + batch * source.dtype.itemsize
     plans = 2 * source.nbytes() if seeks(step) else 0
-    return max(needed, source.nbytes() if measured else 0, plans, _learning(recipe, found))
+    tempered = source.nbytes() + _read_for_a_temperature(recipe, source) * source.dtype.itemsize if tempers(step) else 0
+    return max(needed, source.nbytes() if measured else 0, plans, tempered, _learning(recipe, found))
+
+
+def _read_for_a_temperature(recipe: Recipe, source: Source) -> int:
+    """Numbers in the last hidden states of the windows that are read."""
+    length = window_length(source.config, recipe.calibration.length)
+    hidden: int = source.config.get_text_config().hidden_size
+    return temper.WINDOWS * length * hidden
 
 
 def _learning(recipe: Recipe, found: Examined) -> int:
@@ -220,6 +229,10 @@ def _seconds(recipe: Recipe, found: Examined) -> float:
         tried = math.log2(planning.GRID)
         forward += tried * measured
         factorise += tried * sum(_eigen_operations(site) for site in sites)
+    if tempers(step):  # the body once, and the head for every factor that is tried
+        forward += 2.0 * temper.WINDOWS * length * weights
+        vocabulary = found.source.config.get_text_config().vocab_size
+        forward += 2.0 * FACTORS * _read_for_a_temperature(recipe, found.source) * vocabulary
     products = _rate(lambda: _product(512), 2.0 * 512**3)
     eigen = _rate(lambda: _eigen(256), EIGH * 256.0**3)
     return (forward + grams) / products + factorise / eigen

@@ -18,7 +18,7 @@ from tersely.checkpoint import Source
 from tersely.gradients import GradientStatistics
 from tersely.journal import Journal
 from tersely.memory import peak_of_stage
-from tersely.stats import Gram, Statistic, Stats, keyed_by
+from tersely.stats import Gram, Statistic, Stats, keyed_by, of_shift
 from tersely.targets import Target
 
 Progress = Callable[[str, int, int], None]
@@ -134,7 +134,7 @@ def _of_each_block(
     job: Job, blocks: Blocks, needs: Sequence[type[Statistic]], clock: "Clock"
 ) -> Iterator[tuple[int, Mapping[str, Stats]]]:
     count = job.count
-    inputs = of_inputs(needs)
+    inputs = tuple(kind for kind in of_inputs(needs) if not of_shift(kind))
     if not inputs or job.windows is None:
         yield from ((index, gradients_of(job, index, clock)) for index in range(count))
         return
@@ -155,7 +155,7 @@ def _of_each_block(
             # a shared store serves every later choice of targets, so it is given all inputs of the block
             shared = job.store is not None and job.store.shared
             wanted = (*job.anatomy.sites, *job.anatomy.outside) if shared else job.sites_in_block(index)
-            kinds = inputs if job.store is None else of_inputs(job.needs)
+            kinds = inputs if job.store is None else [kind for kind in of_inputs(job.needs) if not of_shift(kind)]
             watched = watch_list(job.anatomy, index, wanted, kinds, job.device)
             replay.observe(blocks.dense(index), watched, advance=not outside)
         stats = {key: of_input for key, (_, of_input) in watched.items()}

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tersely import temper
 from tersely.anatomy import Anatomy, Site
 from tersely.checkpoint import Source
 from tersely.convert import attention_settings
@@ -101,6 +102,8 @@ class Outlook:
 
     def _check_method(self, step: MethodStep, built: Any) -> None:
         _check_allocator(step, built)
+        if step.temper:
+            temper.check(self._anatomy)
         if step.base is None and getattr(built, "needs_base", False):
             raise RecipeError(f"step {step.name!r} compresses the difference to another checkpoint; name it as base")
         if step.base is not None and step.method not in METHODS:

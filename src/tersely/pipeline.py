@@ -316,6 +316,7 @@ def _scene(prepared: Prepared, number: int, source: Source, statistics: Path | N
         dense=prepared.source,
         windows=windows,
         text=prepared.texts[number].tokens if number in prepared.texts else None,
+        unseen=prepared.unseen,
         seed=prepared.recipe.seed,
         device=prepared.recipe.device,
         journal=journal,

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from tersely import temper
 from tersely.allocate import Learned, Measured
 from tersely.anatomy import Anatomy, Site, anatomy_of
 from tersely.calibrate import Windows, read_windows
@@ -36,7 +38,7 @@ from tersely.outlook import Outlook
 from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe, Step, TrainStep
 from tersely.refine import Refining
 from tersely.settings import Refinement
-from tersely.stats import Gram, Statistic, WindowFactors, keyed_by
+from tersely.stats import Drift, Gram, Statistic, WindowFactors, keyed_by
 from tersely.stats.windows import KEPT
 from tersely.steps.compressing import OVERHEAD, OVERHEAD_PER_SITE, base_of, budget_bytes, spills, targets_of
 from tersely.tables import build, build_allocator
@@ -69,6 +71,8 @@ class Prepared:
     """None for data-free steps, unless a text was named to measure their errors on."""
     texts: Mapping[int, Windows]
     """Number of a step that trains → what it trains on."""
+    unseen: Tensor | None
+    """Token numbers ``[samples, length]`` that nothing is fitted to but a temperature; None where none is asked for."""
     journal: Journal
     warnings: tuple[str, ...]
 
@@ -108,7 +112,7 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     outlook = Outlook(anatomy, source)
     for number, (step, built) in enumerate(zip(recipe.step, objects, strict=True), start=1):
         outlook.check(number, step, built)
-    if any(isinstance(step, TrainStep) or seeks(step) or predicts(step) for step in recipe.step):
+    if any(isinstance(step, TrainStep) or seeks(step) or predicts(step) or tempers(step) for step in recipe.step):
         require_causal(source.skeleton())
     if any(keyed_by(kind) != "input" for built in objects for kind in getattr(built, "needs", ())):
         require_head(source.skeleton())
@@ -176,6 +180,11 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
         for number, sources in enumerate(trained(recipe))
         if sources
     }
+    unseen = None
+    if windows is not None and any(tempers(step) for step in recipe.step):
+        whole = replace(recipe.calibration, samples=ALL_WINDOWS, order="first")
+        everything = read_windows(whole, tokenizer, config, recipe.seed, first_token).tokens
+        unseen = temper.unseen(everything, windows.tokens, *(text.tokens for text in texts_of.values()))
     for number, text in texts_of.items():
         step = recipe.step[number]
         if isinstance(step, TrainStep):
@@ -186,7 +195,17 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     digest = found.source.check_weights()
     resolved = _resolved(recipe, found.objects, found.source, windows)
     return Prepared(
-        resolved, out, found.source, digest, found.anatomy, tokenizer, windows, texts_of, journal, tuple(warnings)
+        resolved,
+        out,
+        found.source,
+        digest,
+        found.anatomy,
+        tokenizer,
+        windows,
+        texts_of,
+        unseen,
+        journal,
+        tuple(warnings),
     )
 
 
@@ -204,7 +223,7 @@ def reads_inputs(recipe: Recipe, objects: Sequence[Any]) -> bool:
     refined = any(isinstance(step, MethodStep) and step.refine is not None for step in recipe.step)
     return (
         refined
-        or any(seeks(step) for step in recipe.step)
+        or any(seeks(step) or tempers(step) for step in recipe.step)
         or any(getattr(built, "needs", ()) for built in objects)
         or any(build_allocator(name).reads_model for name in divided)
     )
@@ -228,6 +247,11 @@ def predicts(step: Step) -> bool:
 def seeks(step: Step) -> bool:
     """Whether the budget of a step is a perplexity, for which the model is measured."""
     return isinstance(step, MethodStep) and step.perplexity is not None
+
+
+def tempers(step: Step) -> bool:
+    """Whether the result of a step is scaled by what the model predicts."""
+    return isinstance(step, MethodStep) and step.temper
 
 
 def trained(recipe: Recipe) -> Iterator[list[str]]:
@@ -266,6 +290,8 @@ def statistic_bytes(kind: type[Statistic], site: Site, length: int) -> int:
     width = {"output": site.out_features, "flat": site.out_features * site.in_features}.get(
         keyed_by(kind), site.in_features
     )
+    if kind is Drift:
+        return 8 * site.out_features * width
     if kind is WindowFactors:
         return 4 * KEPT * min(length, width) * width
     open_window = 8 * length * width if getattr(kind, "by_window", False) else 0

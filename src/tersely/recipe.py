@@ -78,6 +78,10 @@ class MethodStep:
     """Train each block once it is compressed, norms included, to give back its former output; by default nothing
     trains."""
 
+    temper: bool = False
+    """Scale the logits of the result, by one factor in the norm before the head, so that its predictions come nearest
+    to those of before on windows of the calibration text that were not drawn."""
+
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own fields; in TOML they stand in the step itself."""
 

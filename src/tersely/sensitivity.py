@@ -12,8 +12,7 @@ Losses of single sites do not add up once many are cut; they order sites far bet
 of a model with all of a plan done to it is measured in the same way, for budgets that are perplexities.  The
 similarity of a block's input and output is measured block by block and needs no whole model in memory.
 
-The body of the model runs once for a batch; its head is asked for some positions at a time, for the dense model's
-remembered hidden states too, so that two distributions of some positions are all that is held of any.
+The dense model's hidden states are remembered (`predictions`), so that it is not asked again for every target.
 
 Every target is a unit of the journal.  Beside shared statistics of the dense model, under what was done to what, the
 numbers serve every later budget.
@@ -34,16 +33,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, kl_div
+from torch.nn.functional import cosine_similarity
 
 from tersely.allocate import Measured
 from tersely.anatomy import Anatomy, model_class
-from tersely.calibrate import TOKENS_AT_ONCE, Blocks, Replay, StatisticsStore, watch_list
+from tersely.calibrate import Blocks, Replay, StatisticsStore, watch_list
 from tersely.checkpoint import Source, load_with_report
 from tersely.errors import NumericalError, RecipeError
 from tersely.journal import Journal, commit_text
 from tersely.kinds import Kind, dense_weight, link
 from tersely.option import Amount, Option
+from tersely.predictions import Predictions, divergence
 from tersely.stats import Peaks, Stats
 from tersely.stats.peaks import spike, weight_spike
 from tersely.targets import Target
@@ -56,8 +56,6 @@ TEMPERATURE = 0.6
 
 SKIPPED = 8
 """One part in so many of a window comes too early for a divergence to count."""
-
-LOGITS_AT_ONCE = 2**24
 
 
 class Laboratory:
@@ -207,10 +205,15 @@ class Laboratory:
     @cached_property
     def _dense_bodies(self) -> list[Any]:
         """What the body of the dense model returns for each batch."""
-        return [self._body(rows) for rows in self._batches()]
+        return [self._predictions.body(rows) for rows in self._batches]
 
-    def _batches(self) -> Iterator[Tensor]:
-        yield from self._windows.to(self._device).split(max(1, TOKENS_AT_ONCE // self._windows.shape[1]))
+    @cached_property
+    def _predictions(self) -> Predictions:
+        return Predictions(self._model)
+
+    @cached_property
+    def _batches(self) -> tuple[Tensor, ...]:
+        return self._predictions.batches(self._windows)
 
     @torch.no_grad()
     def _lost(self, target: Target, stats: Mapping[str, Stats], amount: Amount) -> float:
@@ -224,54 +227,18 @@ class Laboratory:
 
     def _loss(self) -> float:
         """The mean cross entropy of the next token, of the model as it is now."""
-        losses = []
-        for rows in self._batches():
-            for positions, logits in self._heads(rows, [self._body(rows)], first=0):
-                came = rows[:, positions.to(rows.device) + 1, None]
-                losses.append(-logits[0].log_softmax(-1).gather(-1, came).flatten())
-        return torch.cat(losses).double().mean().item()
+        return self._predictions.loss(self._batches)
 
     def _divergence(self, dense: Sequence[Any]) -> float:
         """From the dense model to the model as it is now, mean over positions."""
-        found = []
-        for rows, before in zip(self._batches(), dense, strict=True):
-            for _, logits in self._heads(rows, [before, self._body(rows)], first=rows.shape[1] // SKIPPED):
-                p, q = ((of_model / TEMPERATURE).log_softmax(-1) for of_model in logits)
-                # torch's first argument is the approximation
-                found.append(kl_div(q, p, reduction="none", log_target=True).sum(-1, dtype=torch.float64).flatten())
-        return torch.cat(found).mean().item()
-
-    def _heads(self, rows: Tensor, bodies: Sequence[Any], first: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Positions from `first` to the last but one, and the logits there of every body; some at a time."""
-        length = rows.shape[1]
-        step = max(1, LOGITS_AT_ONCE // (len(rows) * self._model.config.get_text_config().vocab_size))
-        for start in range(first, length - 1, step):
-            positions = torch.arange(start, min(start + step, length - 1))
-            yield positions, [self._logits(rows, positions, body) for body in bodies]
-
-    @torch.no_grad()
-    def _body(self, rows: Tensor) -> Any:
-        """What the body of the model, as it is now, returns."""
-        said: list[Any] = []
-        body = self._model.get_decoder()
-        hook = body.register_forward_hook(lambda module, read, out: said.append(out))
-        try:
-            self._model(input_ids=rows, use_cache=False, logits_to_keep=1)
-        finally:
-            hook.remove()
-        return said[0]
-
-    @torch.no_grad()
-    def _logits(self, rows: Tensor, positions: Tensor, said: Any) -> Tensor:
-        """The logits at some positions, from what the body has said: float32 at least."""
-        with _saying(self._model, said):
-            logits: Tensor = self._model(input_ids=rows, use_cache=False, logits_to_keep=positions).logits
-        if logits.shape[1] != len(positions):
-            raise RecipeError(
-                f"{type(self._model).__name__} gave logits of {logits.shape[1]} positions where {len(positions)} were "
-                "asked for; its family does not know `logits_to_keep`, choose an allocator that measures nothing"
-            )
-        return logits if logits.dtype == torch.float64 else logits.float()
+        present = (self._predictions.body(rows) for rows in self._batches)
+        return divergence(
+            self._batches,
+            (self._predictions, dense),
+            (self._predictions, present),
+            temperature=TEMPERATURE,
+            skipped=SKIPPED,
+        )
 
     @contextmanager
     def _replaced(self, made: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -285,21 +252,6 @@ class Laboratory:
         finally:
             for name, module in before.items():
                 self._model.set_submodule(name, module)
-
-
-@contextmanager
-def _saying(model: Any, said: Any) -> Iterator[None]:
-    """Within, the body of the model answers at once, so that a call costs the head alone."""
-    body = model.get_decoder()
-    if body is model:
-        raise RecipeError(
-            f"{type(model).__name__} has no body apart from its head; choose an allocator that measures nothing"
-        )
-    body.forward = lambda *arguments, **named: said
-    try:
-        yield
-    finally:
-        del body.forward
 
 
 def remembered(

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from tersely.allocate import Choice, Plan
-from tersely.calibrate import Blocks, Replay, watch_list
+from tersely.calibrate import Blocks, Replay, stream_list, watch_list
 from tersely.checkpoint import State
 from tersely.errors import NumericalError
 from tersely.job import Clock, Job, as_weight, dense_statistics, dense_weights, gradients_of, of_inputs, tell_site
 from tersely.kinds import FACTORS, Kind, Made, link
 from tersely.planning import make_plan
 from tersely.refine import Refined, Refiner, Refining
-from tersely.stats import Cross, Stats
+from tersely.stats import Cross, Drift, Stats
 from tersely.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -219,9 +219,10 @@ def _cut_in_stream(
     for group in groups:
         sites = [site for target in group for site in target.sites]
         watched = watch_list(job.anatomy, index, sites, of_inputs(job.needs), job.device)
+        read = stream_list(job.anatomy, index, sites) if Drift in job.needs else {}
         if watched or not outside:  # nothing is seen of tokens that are looked up
             with clock("replay"):
-                streams.shifted.observe(block, watched, advance=False, beside=beside)
+                streams.shifted.observe(block, watched, advance=False, beside=beside, streams=read)
         stats = {key: of_input for key, (_, of_input) in watched.items()} | gradients
         with clock("factorise"):
             for target in group:

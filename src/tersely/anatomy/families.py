@@ -170,6 +170,9 @@ READS = {
     "mlp.down": "mlp.middle",
 }
 
+# Role that writes to the residual stream → the door whose norm reads the stream as it is before that.
+WRITES_BEHIND = {"attention.o": "attention.in", "mlp.down": "mlp.in"}
+
 # What counts as a linear.  Conv1D is GPT-2's, stored transposed.
 LINEARS = (nn.Linear, Conv1D)
 

@@ -36,7 +36,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_CLASSES
 from transformers.pytorch_utils import Conv1D
 
-from tersely.anatomy.families import FAMILIES, FUSED, LINEARS, OUTSIDE, POST_NORM, READS, SAME_INPUT, Family
+from tersely.anatomy.families import (
+    FAMILIES,
+    FUSED,
+    LINEARS,
+    OUTSIDE,
+    POST_NORM,
+    READS,
+    SAME_INPUT,
+    WRITES_BEHIND,
+    Family,
+)
 from tersely.anatomy.nouns import Heads, Kept, Norm, Place, Site, Table, Unit
 from tersely.anatomy.outside import outer_path, output_of, path_of_head, shape_of, table_of, tied_names
 from tersely.errors import AnatomyError, unknown
@@ -72,6 +82,9 @@ class Anatomy:
     """Path of the linear that makes logits out of the last hidden state."""
     mixed_norms: str | None
     """Why the residual stream cannot be turned into another basis; None where it can."""
+    streams: Mapping[str, str]
+    """Path of a site that writes to the residual stream → path of the norm that reads the stream as it is then, each
+    drift of which such sites see once; empty where what linears write is changed on the way."""
     table: Table | None
     """The token embedding, if it is a table as the library makes them; its block counts as one behind the last."""
     output: Site | None
@@ -233,6 +246,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
         embeddings=tuple(outer_path(model, path) for path in family.embeddings),
         head=path_of_head(model),
         mixed_norms=_mixed_norms(model, family),
+        streams=_streams(model, family, sites, blocks),
         table=table,
         output=output_of(model, family, len(blocks), table, unfit),
         unfit=unfit,
@@ -334,6 +348,17 @@ def _norms(model: PreTrainedModel, family: Family, blocks: Sequence[str]) -> Ite
         if getattr(modules.get(path), "weight", None) is not None:  # a norm may go without a gain
             bias = getattr(modules[path], "bias", None) is not None
             yield Norm(path, feeds, bias, family.gain_offset)
+
+
+def _streams(model: PreTrainedModel, family: Family, sites: Sequence[Site], blocks: Sequence[str]) -> dict[str, str]:
+    """See `Anatomy.streams`.  Where attention and MLP run side by side and are added up, the MLP alone counts: both
+    would find the drift of what the block reads."""
+    if _mixed_norms(model, family) is not None:
+        return {}
+    doors = {role: door for role, door in WRITES_BEHIND.items() if door in family.norms}
+    if getattr(model.config, "use_parallel_residual", False):
+        doors.pop("attention.o", None)
+    return {s.name: f"{blocks[s.block]}.{family.norms[doors[s.role]]}" for s in sites if s.role in doors}
 
 
 def _mixed_norms(model: PreTrainedModel, family: Family) -> str | None:

@@ -1,8 +1,9 @@
 """What calibration can measure.  The keys of the table name statistics on disk."""
 
-from tersely.stats.base import Statistic, Stats, keyed_by
+from tersely.stats.base import Statistic, Stats, keyed_by, of_shift
 from tersely.stats.channel import AbsMax, AbsMean, Power
 from tersely.stats.cross import Cross
+from tersely.stats.drift import Drift
 from tersely.stats.gradient import DiagonalFisher, Fisher, MeanGradient, OutputGram
 from tersely.stats.gram import BucketGram, Gram
 from tersely.stats.peaks import Peaks
@@ -14,6 +15,7 @@ STATISTICS: dict[str, type[Statistic]] = {
     "bucket_gram": BucketGram,
     "cross": Cross,
     "diagonal_fisher": DiagonalFisher,
+    "drift": Drift,
     "fisher": Fisher,
     "gram": Gram,
     "mean_gradient": MeanGradient,
@@ -30,6 +32,7 @@ __all__ = [
     "BucketGram",
     "Cross",
     "DiagonalFisher",
+    "Drift",
     "Fisher",
     "Gram",
     "MeanGradient",
@@ -40,4 +43,5 @@ __all__ = [
     "Stats",
     "WindowFactors",
     "keyed_by",
+    "of_shift",
 ]

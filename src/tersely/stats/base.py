@@ -43,6 +43,13 @@ class PairedStatistic(Protocol):
     def update_pair(self, x: Float[Tensor, "tokens width"], dense: Float[Tensor, "tokens width"]) -> None: ...
 
 
+@runtime_checkable
+class DriftStatistic(Protocol):
+    """A statistic of what stands beside an input: how far the residual stream has drifted."""
+
+    def update_drift(self, x: Float[Tensor, "tokens width"], drift: Float[Tensor, "tokens stream"]) -> None: ...
+
+
 Keyed = Literal["input", "output", "weight", "flat"]
 """What the rows of a statistic are: tokens of an input, found under `Site.reads`; gradients of the loss in the output
 of a linear, token by token; the rows of the gradient in its weight, one window after the other; that gradient as one
@@ -53,6 +60,12 @@ def keyed_by(kind: type[Statistic]) -> Keyed:
     """As the class attribute `keyed` says, which statistics of gradients have; all others are of inputs."""
     keyed: Keyed = getattr(kind, "keyed", "input")
     return keyed
+
+
+def of_shift(kind: type[Statistic]) -> bool:
+    """As the class attribute `of_shift` says: whether there is nothing to gather as long as all is dense."""
+    found: bool = getattr(kind, "of_shift", False)
+    return found
 
 
 S = TypeVar("S", bound=Statistic)
@@ -83,9 +96,11 @@ class Stats:
         self,
         x: Float[Tensor, "*windows tokens width"],
         dense: Float[Tensor, "*rows width"] | None = None,
+        drift: Float[Tensor, "*rows stream"] | None = None,
     ) -> None:
         """Add the rows of `x`, window by window where a statistic says that it counts windows.  `dense`: what the dense
-        model reads in their place, for statistics that compare the two; without it nothing has been shifted."""
+        model reads in their place, for statistics that compare the two; `drift`: how far its residual stream is from
+        the one that what reads `x` writes to.  Without them nothing has been shifted."""
         rows, windows = x.reshape(-1, x.shape[-1]), x[None] if x.ndim == 2 else x.flatten(0, -3)
         for accumulator in self._of.values():
             if getattr(accumulator, "by_window", False):
@@ -93,6 +108,8 @@ class Stats:
                     accumulator.update(window)
             elif dense is not None and isinstance(accumulator, PairedStatistic):
                 accumulator.update_pair(rows, dense.reshape(-1, dense.shape[-1]))
+            elif drift is not None and isinstance(accumulator, DriftStatistic):
+                accumulator.update_drift(rows, drift.reshape(-1, drift.shape[-1]))
             else:
                 accumulator.update(rows)
 

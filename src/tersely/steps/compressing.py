@@ -14,20 +14,21 @@ from tersely.checkpoint import Edit, Source, State, carried_files, locate
 from tersely.convert import AttentionSettings, attention_settings, norm_tensors
 from tersely.deltas.folder import check_pair, open_any
 from tersely.errors import AnatomyError, RecipeError
-from tersely.job import Job, most
+from tersely.job import Clock, Job, most
 from tersely.methods import METHODS, FormsUnits, RebuildsAttention, UnitMethod
 from tersely.option import Option
 from tersely.planning import Sought, forced, seek_plan, size_curves
 from tersely.recipe import CacheStep, MethodStep, Step
 from tersely.refine import Refining
 from tersely.report.rows import Row, SiteRow, thinned
-from tersely.stats import MeanGradient
+from tersely.stats import Drift, MeanGradient
 from tersely.steps.learning import taught
 from tersely.steps.outside import check_outside, outside_target
 from tersely.steps.scene import Done, Scene
 from tersely.sweeps import Outcome, compress
 from tersely.tables import build, build_allocator
 from tersely.targets import CacheTarget, GroupTarget, SiteTarget, Target, UnitTarget
+from tersely.temper import Tempered, temper
 
 # What a folder holds beside the weights, for budgets of the whole folder: headers, manifest and reports, from above.
 OVERHEAD, OVERHEAD_PER_SITE = 60_000, 2_000
@@ -55,15 +56,23 @@ def run(step: MethodStep | CacheStep, scene: Scene) -> Done:
     if isinstance(step, MethodStep) and step.perplexity is not None:
         sought = seek_plan(job, step.perplexity)
     outcome = compress(job, _refining(step, scene))
+    seconds, peaks, changed = dict(outcome.seconds), dict(outcome.peaks), dict(outcome.trained)
+    sizes = [_per_token(job, outcome)] if isinstance(step, CacheStep) else [_found(sought)] if sought else []
+    if isinstance(step, MethodStep) and step.temper and scene.unseen is not None:
+        clock = Clock(job.device)
+        tempered, scaled = temper(job, scene.unseen, outcome.replaced, changed, clock)
+        changed |= scaled
+        seconds, peaks = _sum(seconds, clock.seconds), most(peaks, clock.peaks)
+        sizes.append(_factor(tempered))
     return Done(
-        edit=Edit(replaced=outcome.replaced, changed=outcome.trained),
+        edit=Edit(replaced=outcome.replaced, changed=changed),
         touched=tuple(dict.fromkeys(site.name for target in targets for site in target.sites)),
         rows=_rows(job, outcome, scene.number, step.name),
         plan=json.loads(outcome.plan.to_json()),
         degraded=outcome.degraded,
-        seconds=_sum(outcome.seconds, sought.seconds if sought else {}),
-        peaks=most(outcome.peaks, sought.peaks if sought else {}),
-        sizes=[_per_token(job, outcome)] if isinstance(step, CacheStep) else [_found(sought)] if sought else [],
+        seconds=_sum(seconds, sought.seconds if sought else {}),
+        peaks=most(peaks, sought.peaks if sought else {}),
+        sizes=sizes,
         figures={"refined": {path: asdict(one) for path, one in outcome.refined.items()}} if outcome.refined else {},
         base=base,
     )
@@ -107,6 +116,7 @@ def targets_of(
         )
     if step.method in METHODS:
         sites = anatomy.select(step.target)
+        _check_stream(step, built, anatomy)
         bases = {} if base is None else {s.name: base.tensor(f"{s.name}.weight") for s in sites}
         turned = {s.name: bases[s.name].T if s.transposed else bases[s.name] for s in sites if s.name in bases}
         return tuple(
@@ -130,6 +140,21 @@ def targets_of(
             'ones; set propagate = "none"'
         )
     return targets
+
+
+def _check_stream(step: MethodStep, method: Any, anatomy: Anatomy) -> None:
+    """Raises for a method that makes up for the drift of the residual stream where that cannot be observed."""
+    if Drift not in method.needs:
+        return
+    if step.propagate != "input":
+        raise RecipeError(
+            f"step {step.name!r}: residual makes up for what the linears before have done to the residual stream, and "
+            f'propagate = {step.propagate!r} does not observe each behind the cut ones; set propagate = "input", or '
+            "residual = 0"
+        )
+    if not anatomy.streams:
+        reason = anatomy.mixed_norms or "no linear that writes to it is left as it was"
+        raise AnatomyError(f"nothing can make up for the drift of the residual stream: {reason}; set residual = 0")
 
 
 def units_of(step: MethodStep, method: UnitMethod, anatomy: Anatomy) -> tuple[Unit, ...]:
@@ -257,6 +282,11 @@ def _per_token(job: Job, outcome: Outcome) -> Row:
 def _found(sought: Sought) -> Row:
     how = f"of {sought.windows} calibration windows, everything cut on the inputs of the dense model"
     return Row("calibration perplexity", sought.perplexity, "", how, sought.dense_perplexity)
+
+
+def _factor(found: Tempered) -> Row:
+    gained = f"{found.before:.4f} to {found.after:.4f} nats from the predictions before, {found.windows} windows"
+    return Row("factor of logits", found.factor, "", f"in the norm before the head; {gained}", 1.0)
 
 
 def _rows(job: Job, outcome: Outcome, number: int, method: str) -> list[SiteRow]:

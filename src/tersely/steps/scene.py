@@ -27,6 +27,8 @@ class Scene:
     """Calibration windows, token numbers ``[samples, length]``."""
     text: Tensor | None
     """Windows to train on."""
+    unseen: Tensor | None
+    """Windows to find a temperature on."""
     seed: int
     device: str
     journal: Journal

@@ -39,7 +39,7 @@ from tersely.methods.low_rank.factorise import (
     rank_sizes,
 )
 from tersely.option import Option
-from tersely.stats import Cross, Gram, Statistic, Stats
+from tersely.stats import Cross, Drift, Gram, Statistic, Stats
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,17 @@ class AnchoredSVD:
 
 
 def anchored_target(
-    method: str, weight: Float[Tensor, "out in"], stats: Stats, anchor: float, damping: float
+    method: str, weight: Float[Tensor, "out in"], stats: Stats, anchor: float, damping: float, residual: float = 0.0
 ) -> Float[Tensor, "out in"]:
-    """W*, in the weight's dtype: what reads the shifted input and comes closest to W (x̂ + anchor · (x - x̂)).
+    """W*, in the weight's dtype: what reads the shifted input and comes closest to W (x̂ + anchor · (x - x̂)), plus
+    residual · (h - ĥ) where the output is added to the residual stream.
 
     The damping pulls it towards W, not towards zero.  Raises NumericalError, which names the method, where it does not
     suffice.
     """
-    shift = anchor * (stats[Cross].mean() - stats[Gram].mean())
+    shift = weight.double() @ (anchor * (stats[Cross].mean() - stats[Gram].mean()))
+    if residual and Drift in stats and len(stats[Drift].mean()):
+        shift += residual * stats[Drift].mean()
     if not shift.any():
         return weight
     root, failed = torch.linalg.cholesky_ex(damped_gram(stats, damping))
@@ -101,5 +104,5 @@ def anchored_target(
         raise NumericalError(
             f"{method}: the damped Gram matrix of {stats[Gram].tokens} tokens is not positive definite; raise damping"
         )
-    moved = torch.cholesky_solve((weight.double() @ shift).T, root).T
+    moved = torch.cholesky_solve(shift.T, root).T
     return (weight.double() + moved).to(weight.dtype)

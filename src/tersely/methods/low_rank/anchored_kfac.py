@@ -15,8 +15,17 @@ R is that of the dense model, the one whose loss is to be kept.  Ĝ is shrunk as
 W* takes an inverse, and only as much damping as keeps it finite.  On dense inputs, as in the sweep that makes the plan,
 W* = W and the curve is that of `kfac_svd`: errors are predicted increases of the loss.
 
-This combination is tersely's own; neither paper has it.  At equal bytes it was ahead of both at every size on the model
-that was measured (docs/lab.md).
+A linear that writes to the residual stream adds to it, and what counts is the sum.  Behind compressed linears the
+stream is ĥ where the dense model has h.  With `residual` such a linear makes up for the difference as well, as far as
+its input knows of it:
+
+    y' = W y + residual · (h - ĥ),   W* = E[y' x̂ᵀ] Ĝ⁻¹ = W E[y x̂ᵀ] Ĝ⁻¹ + residual · E[(h - ĥ) x̂ᵀ] Ĝ⁻¹.
+
+At 1, and with an anchor of 1, the least squares problem is that of the dense stream itself; every linear then repairs
+what all those before it have left.
+
+This combination is tersely's own; neither paper has it, nor the stream.  At equal bytes it was ahead of both at every
+size on the models that were measured (docs/lab.md).
 
 Source: Kumar et al., AA-SVD: Anchored and Adaptive SVD for Large Language Model Compression, 2026, section 3
 (arXiv 2604.02119); Thoma et al., Advancing SVD-based LLM Compression via Layer-Wise Error Model Search, 2026 (ICML).
@@ -36,13 +45,17 @@ from tersely.methods.low_rank.aa_svd import anchored_target
 from tersely.methods.low_rank.factorise import check_damping, leaves_as_stored, rank_options, rank_sizes
 from tersely.methods.low_rank.kfac_svd import felt_root, shrunk, two_sided
 from tersely.option import Option
-from tersely.stats import Cross, Gram, OutputGram, Statistic, Stats
+from tersely.stats import Cross, Drift, Gram, OutputGram, Statistic, Stats
 
 
 @dataclass(frozen=True)
 class AnchoredTwoSidedSVD:
     anchor: float = 0.5
     """Share of the dense input in the target, 0 (none: W x̂) to 1 (all: W x)."""
+
+    residual: float = 0.0
+    """Share of the drift of the residual stream that what writes to it makes up for, 0 (none) to 1 (all); wants
+    propagate "input"."""
 
     shrink_inputs: float = 0.1
     """How much of the Gram matrix of the inputs gives way to a multiple of the identity, 0 to 1 (no unit)."""
@@ -65,14 +78,14 @@ class AnchoredTwoSidedSVD:
     leaves: ClassVar[tuple[str, ...]] = leaves_as_stored()
 
     def __post_init__(self) -> None:
-        for name in ("anchor", "shrink_inputs", "shrink_gradients"):
+        for name in ("anchor", "residual", "shrink_inputs", "shrink_gradients"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"anchored_kfac: {name} {getattr(self, name)}; wanted 0 to 1")
         check_damping("anchored_kfac", self.damping)
 
     @property
     def needs(self) -> tuple[type[Statistic], ...]:
-        return (Gram, Cross, OutputGram)
+        return (Gram, Cross, OutputGram, *((Drift,) if self.residual else ()))
 
     def sizes(self, shape: tuple[int, int], itemsize: int) -> Sequence[Option]:
         return rank_sizes(shape, itemsize, self.pivot)
@@ -89,7 +102,7 @@ class AnchoredTwoSidedSVD:
         return two_sided(self._wanted(weight, stats), root, self._metric(stats), amount, self.pivot)
 
     def _wanted(self, weight: Float[Tensor, "out in"], stats: Stats) -> Float[Tensor, "out in"]:
-        return anchored_target("anchored_kfac", weight, stats, self.anchor, self.damping)
+        return anchored_target("anchored_kfac", weight, stats, self.anchor, self.damping, self.residual)
 
     def _metric(self, stats: Stats) -> Float[Tensor, "in in"]:
         return shrunk(stats[Gram].mean(), self.shrink_inputs)
