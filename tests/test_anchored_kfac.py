@@ -1,14 +1,23 @@
 """Anchored truncation in two metrics: between its parents it is optimal in its own objective, and at the ends it is
 them."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from tersely.errors import RecipeError
+from tersely.anatomy import anatomy_of
+from tersely.checkpoint import open_source
+from tersely.errors import AnatomyError, RecipeError
 from tersely.methods.low_rank.aa_svd import AnchoredSVD
 from tersely.methods.low_rank.anchored_kfac import AnchoredTwoSidedSVD
 from tersely.methods.low_rank.kfac_svd import TwoSidedSVD
+from tersely.pipeline import run
+from tersely.prepare import prepare
+from tersely.recipe import Calibration, MethodStep, Recipe
 from tersely.stats import Cross, Drift, Gram, OutputGram, Stats
 
 EXACT = {"shrink_inputs": 0.0, "shrink_gradients": 0.0}
@@ -116,3 +125,41 @@ def test_on_dense_inputs_it_is_two_sided(case):
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(RecipeError, match="anchored_kfac"):
         AnchoredTwoSidedSVD(**wrong)
+
+
+@pytest.fixture
+def recipe(model_folder: Callable[..., Path], text_file: Path) -> Callable[..., Recipe]:
+    def make(family: str, propagate: Any = "input", residual: float = 1.0) -> Recipe:
+        options = {"residual": residual, "pivot": True}
+        step = MethodStep("anchored_kfac", keep=0.6, allocate="uniform", propagate=propagate, options=options)
+        return Recipe(str(model_folder(family)), [step], Calibration([str(text_file)], 8, 16))
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_the_first_to_repair_the_stream_is_what_the_first_mlp_writes(family, recipe, tmp_path):
+    """Before the first attention nothing has drifted; where the MLP reads the same stream, before it neither."""
+    sources = []
+    for residual in (0.0, 1.0):
+        run(prepare(recipe(family, residual=residual), tmp_path / str(residual)))
+        sources.append(open_source(tmp_path / str(residual)))
+    changed = [name for name in sources[0].stored if not torch.equal(*(source.tensor(name) for source in sources))]
+    anatomy = anatomy_of(sources[0].skeleton())
+    (place,) = (place.name for place in anatomy.places if place.block == 0 and place.role == "mlp.down")
+    here = [name for name in changed if name.startswith(f"{anatomy.blocks[0]}.")]
+    assert bool(here) == (family != "gpt_neox") and all(name.startswith(f"{place}.") for name in here)
+    assert len(changed) > len(here)
+
+
+@pytest.mark.parametrize("propagate", ["none", "block"])
+def test_drift_that_is_not_observed_is_refused(propagate, recipe, tmp_path):
+    with pytest.raises(RecipeError, match='set propagate = "input", or residual = 0'):
+        prepare(recipe("llama", propagate), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stream_that_linears_do_not_write_to_themselves_is_refused(recipe, tmp_path):
+    with pytest.raises(AnatomyError, match=r"it norms what attention and MLP add.*set residual = 0"):
+        prepare(recipe("gemma2"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
