@@ -116,7 +116,7 @@ def test_statistics_are_forecast_as_large_as_they_are():
     for kind in STATISTICS.values():
         width = {"output": 10, "flat": 240}.get(keyed_by(kind), 24)
         seen = Stats({kind: kind(width)})
-        seen.update(x[..., :width])
+        seen.update(x[..., :width], x[..., :width], x[..., :10])
         largest = sum(tensor.nbytes for tensor in seen[kind].state().values())
         assert statistic_bytes(kind, site, 6) == pytest.approx(largest, abs=800), kind  # a few counts
 
@@ -140,6 +140,13 @@ def test_memory_holds_the_model_on_which_ranks_are_learned():
     assert estimate(asked(propagate="none", allocate="dobi")).memory_bytes > model
     # factors of full rank are twice as large as a square weight, and always larger than the weight
     assert estimate(asked(propagate="none", allocate="gates")).memory_bytes > model + weights
+
+
+def test_memory_holds_the_model_whose_temperature_is_found(monkeypatch):
+    monkeypatch.setattr("tersely.estimate._rate", lambda work, operations: 1e10)
+    plain, tempered = (estimate(asked(propagate="none", temper=temper)) for temper in (False, True))
+    assert tempered.memory_bytes > plain.memory_bytes + plain.model_bytes
+    assert tempered.seconds > plain.seconds
 
 
 def test_the_measured_peak_of_disk_stays_below_the_estimate(tmp_path):

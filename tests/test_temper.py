@@ -156,6 +156,16 @@ def test_later_steps_and_other_methods_go_on_from_it(recipe, tmp_path):
     assert math.isfinite(logits(tmp_path / "out").sum().item())
 
 
+def test_a_table_that_is_rounded_too_is_read_as_it_then_is(recipe, tmp_path):
+    step = MethodStep("rtn", target=["all", "embeddings", "head"], temper=True, options={"width": 3})
+    asked = replace(recipe(), model=str(DEMO), step=[step])
+    run(prepare(asked, tmp_path / "tempered"))
+    run(prepare(replace(asked, step=[replace(step, temper=False)]), tmp_path / "plain"))
+    factor, plain, tempered = factor_of(tmp_path / "tempered"), *(logits(tmp_path / n) for n in ("plain", "tempered"))
+    assert factor != 1.0
+    torch.testing.assert_close(tempered, factor * plain, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "architecture", "error"),
     [("llama", "LlamaModel", AnatomyError), ("bert", None, (AnatomyError, RecipeError))],

@@ -39,7 +39,7 @@ from tersely.checkpoint import fill
 from tersely.errors import AnatomyError, NumericalError
 from tersely.gradients import whole_model
 from tersely.job import Clock, Job
-from tersely.kinds import Made, link
+from tersely.kinds import Made, link, link_tables
 from tersely.predictions import Predictions, divergence
 
 RANGE = (0.25, 4.0)
@@ -137,6 +137,7 @@ def _with(model: Any, job: Job, replaced: Mapping[str, Made], changed: Mapping[s
         cut.set_submodule(path, module)
     cut.load_state_dict({name: tensor.to(job.device) for name, tensor in changed.items()}, strict=False, assign=True)
     link(cut)
+    link_tables(cut)
     return cut.requires_grad_(False).to(job.device).eval()
 
 
