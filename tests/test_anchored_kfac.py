@@ -2,6 +2,7 @@
 them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,9 @@ def test_a_stream_that_linears_do_not_write_to_themselves_is_refused(recipe, tmp
     with pytest.raises(AnatomyError, match=r"it norms what attention and MLP add.*set residual = 0"):
         prepare(recipe("gemma2"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_do_not_write_to_the_stream_are_refused(recipe, tmp_path):
+    asked = recipe("llama")
+    with pytest.raises(AnatomyError, match=r"none of the targets is a linear that writes to it; set residual = 0"):
+        prepare(replace(asked, step=[replace(asked.step[0], target=["mlp.up", "attention.q"])]), tmp_path / "out")

@@ -174,3 +174,8 @@ def test_without_predictions_it_is_refused_before_any_work(family, architecture,
     with pytest.raises(error):
         prepare(recipe(family, architecture), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_with_a_base_it_is_refused():
+    with pytest.raises(RecipeError, match="without the norm that temper would scale"):
+        MethodStep("delta_come", base="somewhere", temper=True)

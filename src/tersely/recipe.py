@@ -87,6 +87,11 @@ class MethodStep:
 
     def __post_init__(self) -> None:
         _check_refinement(self)
+        if self.temper and self.base is not None:
+            raise RecipeError(
+                f"step {self.name!r}: a difference to a base is stored without the norm that temper would scale; leave "
+                "one of the two out"
+            )
         given = {"keep": self.keep, "bits": self.bits, "size": self.size, "perplexity": self.perplexity}
         _check_budget(self.name, given)
         _check_target(self.name, self.target)

@@ -83,8 +83,8 @@ class Anatomy:
     mixed_norms: str | None
     """Why the residual stream cannot be turned into another basis; None where it can."""
     streams: Mapping[str, str]
-    """Path of a site that writes to the residual stream → path of the norm that reads the stream as it is then, each
-    drift of which such sites see once; empty where what linears write is changed on the way."""
+    """Path of a site whose output is added to the residual stream → path of the norm that reads the stream as it is
+    before that; empty where what linears write is changed on the way."""
     table: Table | None
     """The token embedding, if it is a table as the library makes them; its block counts as one behind the last."""
     output: Site | None

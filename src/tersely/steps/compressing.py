@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from tersely.allocate import Curve
-from tersely.anatomy import Anatomy, Unit
+from tersely.anatomy import Anatomy, Site, Unit
 from tersely.cache import CACHES
 from tersely.calibrate import StatisticsStore
 from tersely.checkpoint import Edit, Source, State, carried_files, locate
@@ -116,7 +116,7 @@ def targets_of(
         )
     if step.method in METHODS:
         sites = anatomy.select(step.target)
-        _check_stream(step, built, anatomy)
+        _check_stream(step, built, anatomy, sites)
         bases = {} if base is None else {s.name: base.tensor(f"{s.name}.weight") for s in sites}
         turned = {s.name: bases[s.name].T if s.transposed else bases[s.name] for s in sites if s.name in bases}
         return tuple(
@@ -142,7 +142,7 @@ def targets_of(
     return targets
 
 
-def _check_stream(step: MethodStep, method: Any, anatomy: Anatomy) -> None:
+def _check_stream(step: MethodStep, method: Any, anatomy: Anatomy, sites: Sequence[Site]) -> None:
     """Raises for a method that makes up for the drift of the residual stream where that cannot be observed."""
     if Drift not in method.needs:
         return
@@ -152,8 +152,8 @@ def _check_stream(step: MethodStep, method: Any, anatomy: Anatomy) -> None:
             f'propagate = {step.propagate!r} does not observe each behind the cut ones; set propagate = "input", or '
             "residual = 0"
         )
-    if not anatomy.streams:
-        reason = anatomy.mixed_norms or "no linear that writes to it is left as it was"
+    if not any(site.name in anatomy.streams for site in sites):
+        reason = anatomy.mixed_norms or "none of the targets is a linear that writes to it"
         raise AnatomyError(f"nothing can make up for the drift of the residual stream: {reason}; set residual = 0")
 
 
