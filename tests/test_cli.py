@@ -704,6 +704,7 @@ def test_several_values_arrive(tersely_, usual, model_folder, tmp_path):
         "allocate": "uniform",
         "propagate": "none",
         "on_failure": "raise",
+        "temper": False,
         "damping": 1e-3,
         "pivot": False,
         "remap": False,

@@ -174,6 +174,7 @@ OTHER = {
         "size": "1GB",
         "perplexity": 9.0,
         "refine": Refinement(),
+        "temper": True,
         "base": "n",
         "allocate": "uniform",
         "propagate": "none",
