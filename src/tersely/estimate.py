@@ -172,7 +172,10 @@ def _at_once(recipe: Recipe, found: Examined) -> int:
         batch = gradients.TOKENS_AT_ONCE * sum(site.in_features + site.out_features for site in sites)
         needed = source.nbytes() + gathered + batch * source.dtype.itemsize
     plans = 2 * source.nbytes() if seeks(step) else 0
-    tempered = source.nbytes() + _read_for_a_temperature(recipe, source) * source.dtype.itemsize if tempers(step) else 0
+    tempered = 0
+    if tempers(step):  # the model before, what the step has made of it, and what the body of either says
+        states = 2 * _read_for_a_temperature(recipe, source) * source.dtype.itemsize
+        tempered = source.nbytes() + (found.budget or 0) + states
     return max(needed, source.nbytes() if measured else 0, plans, tempered, _learning(recipe, found))
 
 

@@ -134,7 +134,7 @@ def _of_each_block(
     job: Job, blocks: Blocks, needs: Sequence[type[Statistic]], clock: "Clock"
 ) -> Iterator[tuple[int, Mapping[str, Stats]]]:
     count = job.count
-    inputs = tuple(kind for kind in of_inputs(needs) if not of_shift(kind))
+    inputs = _of_dense_inputs(needs)
     if not inputs or job.windows is None:
         yield from ((index, gradients_of(job, index, clock)) for index in range(count))
         return
@@ -155,7 +155,7 @@ def _of_each_block(
             # a shared store serves every later choice of targets, so it is given all inputs of the block
             shared = job.store is not None and job.store.shared
             wanted = (*job.anatomy.sites, *job.anatomy.outside) if shared else job.sites_in_block(index)
-            kinds = inputs if job.store is None else [kind for kind in of_inputs(job.needs) if not of_shift(kind)]
+            kinds = inputs if job.store is None else _of_dense_inputs(job.needs)
             watched = watch_list(job.anatomy, index, wanted, kinds, job.device)
             replay.observe(blocks.dense(index), watched, advance=not outside)
         stats = {key: of_input for key, (_, of_input) in watched.items()}
@@ -168,6 +168,11 @@ def _of_each_block(
 def of_inputs(needs: Sequence[type[Statistic]]) -> tuple[type[Statistic], ...]:
     """Those that a block shows by itself; gradients take the whole model."""
     return tuple(kind for kind in needs if keyed_by(kind) == "input")
+
+
+def _of_dense_inputs(needs: Sequence[type[Statistic]]) -> tuple[type[Statistic], ...]:
+    """Those of them that there is something to gather for as long as all is dense."""
+    return tuple(kind for kind in of_inputs(needs) if not of_shift(kind))
 
 
 def gradients_of(job: Job, index: int, clock: "Clock") -> dict[str, Stats]:

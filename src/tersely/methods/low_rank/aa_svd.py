@@ -94,15 +94,17 @@ def anchored_target(
     The damping pulls it towards W, not towards zero.  Raises NumericalError, which names the method, where it does not
     suffice.
     """
-    shift = weight.double() @ (anchor * (stats[Cross].mean() - stats[Gram].mean()))
-    if residual and Drift in stats and len(stats[Drift].mean()):
-        shift += residual * stats[Drift].mean()
-    if not shift.any():
+    shift = anchor * (stats[Cross].mean() - stats[Gram].mean())
+    drift = residual * stats[Drift].mean() if residual and Drift in stats else shift[:0]
+    if not shift.any() and not drift.any():
         return weight
     root, failed = torch.linalg.cholesky_ex(damped_gram(stats, damping))
     if failed:
         raise NumericalError(
             f"{method}: the damped Gram matrix of {stats[Gram].tokens} tokens is not positive definite; raise damping"
         )
-    moved = torch.cholesky_solve(shift.T, root).T
+    missing = weight.double() @ shift
+    if len(drift):  # of what writes to the stream
+        missing += drift
+    moved = torch.cholesky_solve(missing.T, root).T
     return (weight.double() + moved).to(weight.dtype)
