@@ -17,9 +17,6 @@ SHRUNK = {"shrink_inputs": 0.3, "shrink_gradients": 0.4, "damping": 0.03}
 """Metrics that give way to the identity further than by default: a little less of the calibration text is learned, and
 more is left for others (docs/lab.md)."""
 
-HELD_BACK = {"shrink_inputs": 0.5, "shrink_gradients": 0.5, "damping": 0.1}
-"""Further still, for heavy cuts."""
-
 REPAIRED = {"temper": True, "pivot": True, "residual": 0.5}
 """Half of the drift of the residual stream made up for, and the logits as sure as the dense model's."""
 
@@ -71,7 +68,7 @@ UNTRAINED = (
     # the recipes: low_rank_light, low_rank_best and low_rank_heavy
     Entry("anchored_kfac", "gates", "input", REPAIRED),
     Entry("anchored_kfac", "gates", "input", {**REPAIRED, **SHRUNK, "shrink_gradients": 0.2}),
-    Entry("anchored_kfac", "consensus", "input", {"temper": True, "pivot": True, **HELD_BACK}),
+    Entry("anchored_kfac", "consensus", "input", {"temper": True, "pivot": True, **SHRUNK}),
     # what the factor of the logits alone does for the strongest others
     Entry("kfac_svd", "lems", "none", {"temper": True, "pivot": True}),
     Entry("aa_svd", "lems", "input", {"temper": True, "anchor": 0.5, "pivot": True}),
