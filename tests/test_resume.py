@@ -358,6 +358,20 @@ def test_statistics_are_measured_once(propagate, first, later, recipe, replays, 
         assert contents(kept) == contents(plain)
 
 
+def test_behind_the_last_block_that_is_asked_about_nothing_is_computed(recipe, tmp_path, monkeypatch):
+    """Nobody reads what the last block returns: it runs as far as its last input that is asked for."""
+    runs: list[bool] = []
+    observe = calibrate.Replay.observe
+
+    def noted(self: calibrate.Replay, *arguments: Any, advance: bool, **keywords: Any) -> None:
+        runs.append(advance)
+        observe(self, *arguments, advance=advance, **keywords)
+
+    monkeypatch.setattr(calibrate.Replay, "observe", noted)
+    run(prepare(spilling(recipe), tmp_path / "out"))
+    assert runs == [True] * (len(runs) - 1) + [False]
+
+
 def test_statistics_serve_every_choice_of_targets_and_no_other_input(recipe, replays, model_folder, tmp_path):
     recipe = spilling(recipe)
     step = recipe.step[0]

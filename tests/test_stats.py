@@ -155,6 +155,19 @@ def test_the_diagonal_of_the_gram_matrix_is_the_power():
     torch.testing.assert_close(gram.mean().diagonal(), power.mean(), rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("width", [1, 64, 65, 300, 600])
+def test_both_halves_of_a_second_moment_are_the_same_bits(width):
+    """Only the lower one is summed; widths of one strip, of several, and of strips that do not come out even."""
+    x = rows(20, width)
+    for gathered_of_pieces in (
+        gathered(Gram, x[:7], x[7:]).mean(),
+        gathered(BucketGram, x[:10], x[10:]).mean(),
+        gathered(Cross, x[:7], x[7:]).dense(),
+    ):
+        assert torch.equal(gathered_of_pieces, gathered_of_pieces.T)
+    torch.testing.assert_close(gathered(Gram, x[:7], x[7:]).mean(), by_definition(Gram, x), rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [5, 4096, 3 * 4096 + 1])
 def test_the_gram_matrix_of_low_precision_inputs_is_as_accurate_as_one_product(dtype, tokens):

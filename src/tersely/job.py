@@ -157,7 +157,7 @@ def _of_each_block(
             wanted = (*job.anatomy.sites, *job.anatomy.outside) if shared else job.sites_in_block(index)
             kinds = inputs if job.store is None else _of_dense_inputs(job.needs)
             watched = watch_list(job.anatomy, index, wanted, kinds, job.device)
-            replay.observe(blocks.dense(index), watched, advance=not outside)
+            replay.observe(blocks.dense(index), watched, advance=index + 1 < count)  # behind the last nobody waits
         stats = {key: of_input for key, (_, of_input) in watched.items()}
         if job.store is not None:
             job.store.write(index, stats)

@@ -122,11 +122,12 @@ def sweep(weight: Float[Tensor, "out in"], spread: Feedback, decide: Decide, *, 
         left = torch.addmm(columns[start:end], follows[start:end, :start], off[:start])
         inside = follows[start:end, start:end].T.contiguous()
         # views are made all at once: one by one they would take as long as the sums
-        rows = zip(columns[start:end].unbind(), off[start:end].unbind(), left.unbind(), inside.unbind(), strict=True)
-        for i, (column, decided, rest, shares) in enumerate(rows):
-            value = decide(start + i, left[i:])
-            torch.sub(column, value, out=decided)
+        rows = zip(columns[start:end].unbind(), off[start:end].unbind(), inside.unbind(), strict=True)
+        taken = []
+        for i, (column, decided, shares) in enumerate(rows):
+            taken.append(decide(start + i, left[i:]))
+            torch.sub(column, taken[i], out=decided)
             left[i + 1 :].addr_(shares[i + 1 :], decided)
-            rest.sub_(value)
+        left -= torch.stack(taken)
         cost += torch.linalg.vector_norm(left.mul_(own[start:end, None]), dtype=torch.float64) ** 2
     return Swept(off, float(cost))

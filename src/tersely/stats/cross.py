@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tersely.stats.gram import add_moment
+from tersely.stats.gram import add_moment, mean_moment
 
 
 class Cross:
@@ -43,7 +43,7 @@ class Cross:
 
     def dense(self) -> Float[Tensor, "width width"]:
         """E[x xᵀ]."""
-        return self._dense / max(self.tokens, 1)
+        return mean_moment(self._dense, self.tokens)
 
     def state(self) -> dict[str, Tensor]:
         return {"sum": self._sum, "dense": self._dense, "tokens": torch.tensor(self.tokens)}

@@ -2,7 +2,7 @@
 
 Products are formed in float32 (float64 for float64 inputs) batch by batch and added up in float64.  The sum is where
 long calibration loses digits; a single product of a few thousand tokens is off by a few 1e-7 of √(Gᵢᵢ Gⱼⱼ).  On a
-processor only the half below the diagonal is multiplied, in strips, and mirrored.
+processor only the half below the diagonal is multiplied, in strips, and mirrored when somebody asks.
 Massive activations make the matrix ill-conditioned (1e10 and more): factorise it in float64, never in less.
 
 `BucketGram` is that of averaged windows, X̄ X̄ᵀ with X̄ the element-wise mean of `BUCKET` windows, token position by token
@@ -26,18 +26,27 @@ once.  Narrower strips multiply less and do it slower."""
 
 
 def add_moment(total: Float[Tensor, "width width"], x: Float[Tensor, "tokens width"]) -> None:
-    """Add xᵀ x, formed in the dtype of x."""
+    """Add xᵀ x, formed in the dtype of x, to a sum that is only right on the diagonal and below."""
     width = x.shape[1]
     strip = width if x.is_cuda else min(max(width // STRIPS, NARROWEST), WIDEST)  # a graphics card wants one product
     for start in range(0, width, strip):
         end = min(start + strip, width)
-        below = x[:, start:end].T @ x[:, :end]
-        total[start:end, :end] += below
-        total[:start, start:end] += below[:, :start].T
+        total[start:end, :end] += x[:, start:end].T @ x[:, :end]
+
+
+def mean_moment(total: Float[Tensor, "width width"], count: int) -> Float[Tensor, "width width"]:
+    """Of such a sum over `count` rows; zero before the first row."""
+    mean = total / max(count, 1)
+    for start in range(0, len(mean), WIDEST):  # no third matrix of that size
+        end = min(start + WIDEST, len(mean))
+        own = mean[start:end, start:end]
+        own.copy_(own.tril() + own.tril(-1).T)
+        mean[:start, start:end] = mean[start:end, :start].T
+    return mean
 
 
 class Gram:
-    """Sum of x xᵀ, shape ``[width, width]``, float64."""
+    """Sum of x xᵀ, shape ``[width, width]``, float64; what is above the diagonal of the sum is nobody's business."""
 
     def __init__(self, width: int, device: str = "cpu") -> None:
         self.tokens = 0
@@ -53,7 +62,7 @@ class Gram:
         self.tokens += other.tokens
 
     def mean(self) -> Float[Tensor, "width width"]:
-        return self._sum / max(self.tokens, 1)
+        return mean_moment(self._sum, self.tokens)
 
     def state(self) -> dict[str, Tensor]:
         return {"sum": self._sum, "tokens": torch.tensor(self.tokens)}
@@ -100,7 +109,7 @@ class BucketGram(Gram):
         self.tokens += other.tokens
 
     def mean(self) -> Float[Tensor, "width width"]:
-        return (self._sum + self._open()) / max(self._rows + len(self._bucket), 1)
+        return mean_moment(self._sum + self._open(), self._rows + len(self._bucket))
 
     def state(self) -> dict[str, Tensor]:
         counts = torch.tensor([self.tokens, self._rows, self._filled])

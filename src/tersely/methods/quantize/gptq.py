@@ -139,12 +139,13 @@ def rounded_with_feedback(
     stretch = None if grid.columns is None else grid.columns.values().to(weight.dtype).tolist()
     columns, size = spread.order.tolist(), group_size(weight.shape[1], grid.group)
     codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
+    code_of = codes.unbind()  # writing to a view costs half of writing to an index
 
     def decide(place: int, left: Tensor) -> Tensor:
         column = columns[place]
         scale, zero = scales[column // size], zeros[column // size]
         code = grid.codes(left[0] if stretch is None else left[0] / stretch[column], scale, zero)
-        codes[column] = code
+        code_of[column].copy_(code)
         value = grid.placed(code, weight.dtype).sub_(zero).mul_(scale)
         return value if stretch is None else value.mul_(stretch[column])
 
