@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tersely.errors import RecipeError
-from tersely.methods.low_rank.aa_svd import AnchoredSVD
+from tersely.methods.low_rank.aa_svd import AnchoredSVD, anchored_target
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
 from tersely.stats import Cross, Gram, Stats
 
@@ -33,10 +33,34 @@ def test_both_versions_of_the_input_are_told_apart(streams):
     _, dense, shifted = streams
     stats = observed(dense, shifted)
     assert torch.allclose(stats[Gram].mean(), shifted.T @ shifted / 400)
-    assert torch.allclose(stats[Cross].mean(), dense.T @ shifted / 400)
+    assert torch.allclose(stats[Cross].mean(), (dense - shifted).T @ shifted / 400)
     assert torch.allclose(stats[Cross].dense(), dense.T @ dense / 400)
     restored = Cross.restore(stats[Cross].state())
     assert torch.equal(restored.mean(), stats[Cross].mean()) and restored.tokens == 400
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+@pytest.mark.parametrize("width", [64, 65, 130])
+def test_what_has_not_been_shifted_is_not_moved(width, damping):
+    """To the bit, in directions that calibration never saw too, and whatever the strips of a Gram matrix are."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 20, generator=generator) @ torch.randn(20, width, generator=generator)
+    weight = torch.randn(8, width, generator=generator)
+    alone = Stats({Gram: Gram(width), Cross: Cross(width)})
+    alone.update(x)
+    for stats in (observed(x, x), alone):
+        assert anchored_target("aa_svd", weight, stats, 1.0, damping) is weight
+
+
+def test_how_far_inputs_have_shifted_survives_a_loud_channel():
+    """In float32, beside a channel that is a thousand times as loud and hardly shifted."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(2048, 32, generator=generator)
+    dense[:, 7] += 1000
+    shifted = dense + 0.1 * torch.randn(2048, 32, generator=generator)
+    exact, stats = observed(dense.double(), shifted.double())[Cross].mean(), observed(dense, shifted)
+    scale = shifted.double().square().mean(0).sqrt()  # of the input; the shift is a tenth of 1 in all channels
+    assert ((stats[Cross].mean() - exact).abs() / scale).max() < 1e-6
 
 
 def test_its_error_is_the_dropped_energy_and_the_gap_that_no_rank_closes(streams):
@@ -44,7 +68,7 @@ def test_its_error_is_the_dropped_energy_and_the_gap_that_no_rank_closes(streams
     weight, dense, shifted = streams
     stats, method = observed(dense, shifted), AnchoredSVD(damping=0.0)
     root = torch.linalg.cholesky(stats[Gram].mean())
-    whole = weight @ stats[Cross].mean() @ torch.linalg.inv(root).T
+    whole = weight @ (stats[Cross].mean() + stats[Gram].mean()) @ torch.linalg.inv(root).T
     sigma = torch.linalg.svdvals(whole)
     gap = ((weight @ stats[Cross].dense()) * weight).sum() - whole.square().sum()
     for rank in (1, 5, 16):

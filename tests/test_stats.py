@@ -51,7 +51,7 @@ def by_definition(kind: type[Statistic], x: Tensor) -> Tensor:
     return {
         Gram: gram,
         BucketGram: gram,  # of one window
-        Cross: gram,  # nothing has been shifted
+        Cross: torch.zeros_like(gram),  # nothing has been shifted
         Drift: x[:0],  # nor has the stream drifted
         OutputGram: gram,  # of gradients in the place of inputs
         Fisher: x.square().mean(0),  # of the rows of a weight's gradient

@@ -113,7 +113,7 @@ def own_error(layer: Layer, method: Method, keep: float) -> float:
 
 def _share(weight: Tensor, cut: Tensor, stats: Stats) -> float:
     gram = stats[Gram].mean()
-    cross, dense = (stats[Cross].mean(), stats[Cross].dense()) if Cross in stats else (gram, gram)
+    cross, dense = (stats[Cross].mean() + gram, stats[Cross].dense()) if Cross in stats else (gram, gram)
     energy = ((weight @ dense) * weight).sum()
     lost = energy - 2 * ((weight @ cross) * cut).sum() + ((cut @ gram) * cut).sum()
     return float(lost / energy)

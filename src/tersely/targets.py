@@ -261,7 +261,7 @@ def _lost(weight: Tensor, compressed: Tensor, observed: Stats) -> tuple[float, f
         return _lost_of(weight, compressed, gram)
     cross = observed[Cross]
     energy = ((weight @ cross.dense()) * weight).sum().item()
-    shared = ((weight @ cross.mean()) * compressed).sum().item()
+    shared = ((weight @ (cross.mean() + gram)) * compressed).sum().item()
     own = ((compressed @ gram) * compressed).sum().item()
     return max(energy - 2 * shared + own, 0.0), energy
 

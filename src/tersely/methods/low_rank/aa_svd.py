@@ -11,9 +11,9 @@ least error is tr((W* - W') Ĝ (W* - W')ᵀ).  So W' is the truncation of W* in 
 is the anchored problem, 0 whitening with the shifted inputs; values between are the self-adaptive mix of Hu et al.
 (SAES-SVD, 2026, arXiv 2602.03051) with a fixed share.
 
-On dense inputs, as in the sweep that makes the plan, C = Ĝ and W* = W: the curve is that of whitening.  Fitting W*
-takes an inverse that whitening does not, hence a larger damping: directions that calibration hardly excites would
-otherwise be blown up.  The authors' refinement of whole blocks by gradient descent is a training step of its own.
+On dense inputs, as in the sweep that makes the plan, C = Ĝ and W* = W, to the bit: the curve is that of whitening.
+Fitting W* takes an inverse that whitening does not, hence a larger damping: directions that calibration hardly excites
+would otherwise be blown up.  The authors' refinement of whole blocks by gradient descent is a training step of its own.
 
 Source: Kumar et al., AA-SVD: Anchored and Adaptive SVD for Large Language Model Compression, 2026, section 3
 (arXiv 2604.02119).
@@ -94,7 +94,7 @@ def anchored_target(
     The damping pulls it towards W, not towards zero.  Raises NumericalError, which names the method, where it does not
     suffice.
     """
-    shift = anchor * (stats[Cross].mean() - stats[Gram].mean())
+    shift = anchor * stats[Cross].mean()
     drift = residual * stats[Drift].mean() if residual and Drift in stats else shift[:0]
     if not shift.any() and not drift.any():
         return weight
