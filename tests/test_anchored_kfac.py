@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tersely.anatomy import anatomy_of
 from tersely.checkpoint import open_source
-from tersely.errors import AnatomyError, RecipeError
+from tersely.errors import AnatomyError, RecipeError, TerselyError
 from tersely.methods.low_rank.aa_svd import AnchoredSVD
 from tersely.methods.low_rank.anchored_kfac import AnchoredTwoSidedSVD
 from tersely.methods.low_rank.kfac_svd import TwoSidedSVD
@@ -158,6 +158,17 @@ def test_drift_that_is_not_observed_is_refused(propagate, recipe, tmp_path):
     with pytest.raises(RecipeError, match='set propagate = "input", or residual = 0'):
         prepare(recipe("llama", propagate), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("later", "match"), [
+    ({"propagate": "block", "target": ["*.down"]}, r'set propagate = "input"'),
+    ({"target": ["*.down"]}, r"none of the targets is a linear that writes to it"),
+])  # fmt: skip
+def test_in_a_later_step_too_and_before_any_work(later, match, recipe, tmp_path):
+    asked = recipe("llama")
+    steps = [MethodStep("svd_llm", keep=0.8), replace(asked.step[0], **later)]
+    with pytest.raises(TerselyError, match=match):
+        prepare(replace(asked, step=steps), tmp_path / "out")
 
 
 def test_a_stream_that_linears_do_not_write_to_themselves_is_refused(recipe, tmp_path):

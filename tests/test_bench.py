@@ -402,6 +402,11 @@ def test_others_are_named_as_the_bench_prints_them(tool, tmp_path):
     assert tool.entry_named(str(recipe)).way == "svd (greedy, block)"
 
 
+@pytest.mark.parametrize(("sizes", "keep"), [((0.7, 0.9), 0.8), ((0.75, 0.45), 0.6), ((0.9, 0.7), 0.8)])
+def test_of_two_recipes_as_near_the_first_is_judged(tool, sizes, keep):
+    assert tool.judged({size: size for size in sizes}, keep) == sizes[0]
+
+
 def test_of_several_recipes_each_is_judged_at_the_sizes_nearest_to_its_own(tool, trial, tmp_path):
     best = {0.5: Entry("svd_llm", "uniform", "none"), 0.8: Entry("asvd", "uniform", "none")}
     others = [Entry("svd", "uniform", "none")]

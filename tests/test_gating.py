@@ -81,6 +81,15 @@ def test_gated_outputs_are_truncated_window_by_window(shape, tokens):
     torch.testing.assert_close(module(x[0]), x[0] @ weight.T + bias)
 
 
+@pytest.mark.usefixtures("steep")
+def test_windows_in_the_rows_of_one_matrix_are_truncated_one_by_one():
+    """As OPT's MLP reads them; rows of any other number, as an expert is sent, are one window."""
+    module, x = GatedOutput(normal(9, 5), normal(9, seed=1)), normal(3, 4, 5, seed=2)
+    module.position, module.batch = at(2.0), (3, 4)
+    assert torch.equal(module(x.flatten(0, 1)), module(x).flatten(0, 1))
+    assert torch.equal(module(x.flatten(0, 1)[:8]), module(x.flatten(0, 1)[None, :8])[0])
+
+
 def test_an_expert_that_was_sent_nothing_says_nothing():
     module = GatedOutput(normal(9, 5), normal(9, seed=1))
     assert module(torch.zeros(0, 5, dtype=torch.float64)).shape == (0, 9)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from tersely.checkpoint import open_source
 from tersely.cli import main
 from tersely.estimate import estimate, estimate_table
 from tersely.pipeline import compress, load
-from tersely.prepare import statistic_bytes
-from tersely.recipe import recipe_from
+from tersely.pipeline import run as run_recipe
+from tersely.prepare import prepare, statistic_bytes
+from tersely.recipe import MethodStep, recipe_from
 from tersely.report.comparison import comparison_page
 from tersely.report.page import page
 from tersely.report.rows import Report, format_value
 from tersely.stats import STATISTICS, Stats, keyed_by
 from tersely.stats.windows import KEPT
 from tersely.tables import TABLES
+from tersely.text import window_length
 
 DEMO = Path(demo.__file__).parent / "assets" / "demo"
 
@@ -140,6 +143,33 @@ def test_memory_holds_the_model_on_which_ranks_are_learned():
     assert estimate(asked(propagate="none", allocate="dobi")).memory_bytes > model
     # factors of full rank are twice as large as a square weight, and always larger than the weight
     assert estimate(asked(propagate="none", allocate="gates")).memory_bytes > model + weights
+
+
+def test_what_later_steps_do_on_the_whole_model_counts(monkeypatch):
+    monkeypatch.setattr("tersely.estimate._rate", lambda work, operations: 1e10)
+    first = asked(method="svd", propagate="none")
+    second = MethodStep("rtn", target=["*.down", "*.up"], propagate="none", options={"width": 8})
+    plain, tempered, measured = (
+        estimate(replace(first, step=[first.step[0], step]))
+        for step in (second, replace(second, temper=True), replace(second, method="kfac_svd", options={}, keep=0.5))
+    )
+    for other in (tempered, measured):  # a temperature, and gradients
+        assert other.memory_bytes > plain.memory_bytes + plain.model_bytes
+        assert other.seconds > plain.seconds
+
+
+def test_a_second_stream_is_held_beside_the_shifted_one():
+    plain, paired = (estimate(asked(method=method, propagate="input")) for method in ("svd_llm", "aa_svd"))
+    drawn, hidden = asked().calibration, open_source(DEMO).config.hidden_size
+    length = window_length(open_source(DEMO).config, drawn.length)
+    assert paired.memory_bytes - plain.memory_bytes > 4 * hidden * drawn.samples * length
+
+
+def test_what_is_outside_of_the_blocks_is_forecast_where_nothing_else_is_left(tmp_path):
+    first = asked(method="rtn", keep=None, options={"width": 4})
+    run_recipe(prepare(first, tmp_path / "out"))
+    rest = replace(first.step[0], target=["embeddings"])
+    assert estimate(replace(first, model=str(tmp_path / "out"), step=[rest])).memory_bytes > 0
 
 
 def test_memory_holds_the_model_whose_temperature_is_found(monkeypatch):

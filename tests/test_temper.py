@@ -70,7 +70,7 @@ def test_the_divergence_is_least_at_the_factor(recipe, tmp_path, monkeypatch):
     """dD/dt = E[Σ (q - p) z] is zero there, and D above it on either side."""
     seen: list[Tensor] = []
     usual = temper.unseen
-    monkeypatch.setattr(temper, "unseen", lambda *windows: seen.append(usual(*windows)) or seen[0])
+    monkeypatch.setattr(temper, "unseen", lambda *windows: (seen.append(usual(*windows)[0]) or seen[0], None))
     # one that was trained: of what a random model says, the less the better
     asked = Recipe(str(DEMO), recipe(keep=0.5).step, Calibration(["stdlib"], 8, 32))
     run(prepare(asked, tmp_path / "out"))
@@ -112,10 +112,24 @@ def test_the_head_asked_apart_says_what_the_model_says(model_folder):
 
 def test_windows_are_those_that_nothing_else_has_seen():
     text = torch.arange(200).view(50, 4)
-    fresh = temper.unseen(text, text[::2], text[1:3])
+    fresh, warning = temper.unseen(text, text[::2], text[1:3])
     assert fresh.tolist() == text[3::2].tolist()
-    assert len(temper.unseen(text.repeat(1, 1), text[:2])) == temper.WINDOWS
-    assert temper.unseen(text, text).tolist() == temper.unseen(text).tolist()  # where there are no others
+    assert warning is None
+    assert len(temper.unseen(text, text[:2])[0]) == temper.WINDOWS
+
+
+def test_few_windows_or_none_that_are_unseen_are_warned_of():
+    text = torch.arange(200).view(50, 4)
+    fresh, warning = temper.unseen(text, text[3:])
+    assert fresh.tolist() == text[:3].tolist() and "3 windows" in warning and "these 3" in warning
+    seen, warning = temper.unseen(text, text)
+    assert seen.tolist() == temper.unseen(text)[0].tolist() and "0 windows" in warning and "fitted to" in warning
+
+
+def test_a_text_that_is_drawn_whole_is_warned_of(recipe, tmp_path):
+    asked = recipe()
+    drawn = replace(asked, calibration=replace(asked.calibration, samples=10_000))
+    assert any("give more text, or fewer samples" in warning for warning in prepare(drawn, tmp_path / "out").warnings)
 
 
 def test_where_no_factor_is_better_nothing_is_changed(recipe, tmp_path, monkeypatch):

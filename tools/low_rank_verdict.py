@@ -93,7 +93,7 @@ class Trial:
 
 def judged(best: Mapping[float, Entry], keep: float) -> Entry:
     """The one whose own size is nearest; of two as near, the one that was named first."""
-    return best[min(best, key=lambda own: abs(own - keep))]
+    return best[min(best, key=lambda own: round(abs(own - keep), 9))]
 
 
 # --- running ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ Sizes are exact.  Memory counts what is held at the worst moment: one block and 
 of all windows, the statistics of one block, and the largest factorisation; beside these the whole model, where it is
 measured, where ranks are learned on it, or where gradients are gathered.  Time counts floating-point operations and
 divides by what this machine reaches on two small probes, a product and an eigenproblem; expect it within a factor of
-two.
+two.  What is swept and factorised is that of the first step; of later ones counted is only what they do on the whole
+model.
 """
 
 import math
@@ -22,10 +23,10 @@ from tersely.anatomy import Site
 from tersely.calibrate import TOKENS_AT_ONCE
 from tersely.checkpoint import Source
 from tersely.prepare import Examined, examine, learns, measures, seeks, statistic_bytes, tempers
-from tersely.recipe import CacheStep, MethodStep, Recipe, TrainStep
+from tersely.recipe import CacheStep, MethodStep, Recipe, Step, TrainStep
 from tersely.report.rows import format_value
-from tersely.stats import Gram, Statistic, keyed_by
-from tersely.tables import build_allocator
+from tersely.stats import Cross, Gram, Statistic, keyed_by
+from tersely.tables import build, build_allocator
 from tersely.text import window_length
 
 PROCESS = 400 * 10**6  # the interpreter with torch and transformers loaded
@@ -127,7 +128,7 @@ def _memory(recipe: Recipe, found: Examined) -> int:
     )
     hidden = source.config.get_text_config().hidden_size
     stream = _tokens(recipe, found) * hidden * itemsize
-    first = [site for site in anatomy.sites if site.block == 0]
+    first = [site for site in anatomy.sites if site.block == 0] or list(_sites(found))
     grams = _observed(recipe, found) if stream else 0
     widest = max(max(s.in_features, s.out_features) for s in first)
     batch = 4 * TOKENS_AT_ONCE * widest * itemsize if stream else 0
@@ -137,7 +138,18 @@ def _memory(recipe: Recipe, found: Examined) -> int:
     # codes and levels of all of a table at once
     work = max([work, *(4 * 4 * s.in_features * s.out_features for s in _sites(found) if s in anatomy.outside)])
     refined = _refining(recipe, block // itemsize, hidden * itemsize, source)
+    beside = any(Cross in _needs(step) and step.propagate != "none" for step in _methods(recipe))
+    stream *= 1 + beside  # that of the dense model
     return PROCESS + outside + 2 * block + stream + grams + max(batch, work) + refined + _at_once(recipe, found)
+
+
+def _methods(recipe: Recipe) -> list[MethodStep]:
+    return [step for step in recipe.step if isinstance(step, MethodStep)]
+
+
+def _needs(step: MethodStep) -> tuple[type[Statistic], ...]:
+    needs: tuple[type[Statistic], ...] = build(step).needs
+    return needs
 
 
 def _observed(recipe: Recipe, found: Examined) -> int:
@@ -162,21 +174,22 @@ def _refining(recipe: Recipe, block: int, state: int, source: Source) -> int:
 def _at_once(recipe: Recipe, found: Examined) -> int:
     """What is held where the whole model is in memory: to measure it, or for gradients, with the activations of a batch
     and the statistics of all blocks."""
-    source, step = found.source, recipe.step[0]
-    kinds = {kind for target in found.targets for kind in target.needs if keyed_by(kind) != "input"}
-    measured = measures(step) in ("kl", "loss")
+    source = found.source
+    kinds = {kind for step in _methods(recipe) for kind in _needs(step) if keyed_by(kind) != "input"}
+    measured = any(measures(step) in ("kl", "loss") for step in recipe.step)
     needed = 0
     if kinds:
         sites = _sites(found)
         gathered = sum(statistic_bytes(kind, site, gradients.TOKENS_AT_ONCE) for kind in kinds for site in sites)
         batch = gradients.TOKENS_AT_ONCE * sum(site.in_features + site.out_features for site in sites)
         needed = source.nbytes() + gathered + batch * source.dtype.itemsize
-    plans = 2 * source.nbytes() if seeks(step) else 0
+    plans = 2 * source.nbytes() if any(map(seeks, recipe.step)) else 0
     tempered = 0
-    if tempers(step):  # the model before, what the step has made of it, and what the body of either says
+    if any(map(tempers, recipe.step)):  # the model before, what a step has made of it, and what either body says
         states = 2 * _read_for_a_temperature(recipe, source) * source.dtype.itemsize
         tempered = source.nbytes() + (found.budget or 0) + states
-    return max(needed, source.nbytes() if measured else 0, plans, tempered, _learning(recipe, found))
+    learning = max(_learning(step, recipe, found) for step in recipe.step)
+    return max(needed, source.nbytes() if measured else 0, plans, tempered, learning)
 
 
 def _read_for_a_temperature(recipe: Recipe, source: Source) -> int:
@@ -186,10 +199,10 @@ def _read_for_a_temperature(recipe: Recipe, source: Source) -> int:
     return temper.WINDOWS * length * hidden
 
 
-def _learning(recipe: Recipe, found: Examined) -> int:
-    """Where an allocator learns ranks on the whole model: what takes the places of its linears, the activations of a
-    step, and the logits with what is made of them."""
-    source, what = found.source, learns(recipe.step[0])
+def _learning(step: Step, recipe: Recipe, found: Examined) -> int:
+    """Where the allocator of a step learns ranks on the whole model: what takes the places of its linears, the
+    activations of a step of learning, and the logits with what is made of them."""
+    source, what = found.source, learns(step)
     if what is None:
         return 0
     length, itemsize = window_length(source.config, recipe.calibration.length), source.dtype.itemsize
@@ -220,22 +233,23 @@ def _seconds(recipe: Recipe, found: Examined) -> float:
     inputs = {site.reads: site.in_features for site in sites}
     grams = sum(2.0 * tokens * width**2 for width in inputs.values()) * (1 + needs_curves)
     factorise = sum(_eigen_operations(site) for site in sites) * (1.2 if needs_curves else 1.0)
-    if any(keyed_by(kind) != "input" for target in found.targets for kind in target.needs):
+    if any(keyed_by(kind) != "input" for step in _methods(recipe) for kind in _needs(step)):
         forward += 6.0 * tokens * weights  # once forward, and twice as much backward
     length = window_length(found.source.config, recipe.calibration.length)
     measured = 2.0 * min(sensitivity.WINDOWS, recipe.calibration.samples) * length * weights
-    # of every target one option, or one for each ratio and the smallest
-    forward += measured * len(found.targets) * {"kl": 1, "loss": 1 + len(RATIOS)}.get(measures(step) or "", 0)
-    learned = _learned(learns(step), length, weights, sites)
-    forward, factorise = forward + learned[0], factorise + learned[1]
-    if seeks(step):  # so many plans are made and measured
-        tried = math.log2(planning.GRID)
-        forward += tried * measured
-        factorise += tried * sum(_eigen_operations(site) for site in sites)
-    if tempers(step):  # the body once, and the head for every factor that is tried
-        forward += 2.0 * temper.WINDOWS * length * weights
-        vocabulary = found.source.config.get_text_config().vocab_size
-        forward += 2.0 * FACTORS * _read_for_a_temperature(recipe, found.source) * vocabulary
+    for step in recipe.step:
+        # of every target one option, or one for each ratio and the smallest
+        forward += measured * len(found.targets) * {"kl": 1, "loss": 1 + len(RATIOS)}.get(measures(step) or "", 0)
+        learned = _learned(learns(step), length, weights, sites)
+        forward, factorise = forward + learned[0], factorise + learned[1]
+        if seeks(step):  # so many plans are made and measured
+            tried = math.log2(planning.GRID)
+            forward += tried * measured
+            factorise += tried * sum(_eigen_operations(site) for site in sites)
+        if tempers(step):  # of two models the body once, and the head for every factor that is tried
+            forward += 2 * 2.0 * temper.WINDOWS * length * weights
+            vocabulary = found.source.config.get_text_config().vocab_size
+            forward += 2 * 2.0 * FACTORS * _read_for_a_temperature(recipe, found.source) * vocabulary
     products = _rate(lambda: _product(512), 2.0 * 512**3)
     eigen = _rate(lambda: _eigen(256), EIGH * 256.0**3)
     return (forward + grams) / products + factorise / eigen

@@ -117,6 +117,8 @@ class GatedLinear(nn.Module):
         self.directions = directions
         self.bias = bias
         self.position = torch.zeros((), dtype=torch.float64)
+        self.batch: tuple[int, ...] | None = None
+        """Windows and tokens of a window that the model is given, where that is known."""
 
 
 class GatedFactors(GatedLinear):
@@ -145,11 +147,14 @@ class GatedOutput(GatedLinear):
             self._core, self._basis = core.to(weight.dtype), basis.to(weight.dtype)
 
     def forward(self, x: Float[Tensor, "*windows tokens in"]) -> Float[Tensor, "*windows tokens out"]:
-        y = functional.linear(x, self._core)
+        # OPT's MLP reads the tokens of all windows as the rows of one matrix
+        together = self.batch if x.ndim == 2 and self.batch and len(x) == math.prod(self.batch) else None
+        y = functional.linear(x.unflatten(0, together) if together else x, self._core)
         count = min(y.shape[-2:])
         if count:  # an expert may have been sent nothing
             y = gated(y, gates_at(self.position * (count / self.directions), count))
-        return functional.linear(y, self._basis, self.bias) if self._basis is not None else self._shifted(y)
+        y = functional.linear(y, self._basis, self.bias) if self._basis is not None else self._shifted(y)
+        return y.flatten(0, 1) if together else y
 
     def _shifted(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
@@ -474,6 +479,8 @@ class _Descent:
     def _loss(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Cross entropy or divergence with the gates at these positions, mean over tokens, nats."""
         rows = rows.to(self._asked.device)
+        for gate in self._gates:
+            gate.batch = tuple(rows.shape)
         wanted = None
         if self._what == "gates":
             with torch.no_grad():

@@ -18,7 +18,7 @@ from tersely.kinds import SharedLinear
 from tersely.kinds.attention import LINEARS, Attention
 from tersely.methods import METHODS, FormsUnits
 from tersely.recipe import CacheStep, ConvertStep, MethodStep, RewriteStep, Step, TrainStep
-from tersely.steps.compressing import budget_bytes, targets_of, units_of
+from tersely.steps.compressing import budget_bytes, check_stream, targets_of, units_of
 from tersely.steps.outside import check_outside
 from tersely.steps.training import settings_of
 from tersely.tables import build_allocator
@@ -116,6 +116,7 @@ class Outlook:
         check_outside(step, built, self._anatomy, self._source.dtype.itemsize)
         if step.method in METHODS:
             sites = list(self._anatomy.select(step.target))
+            check_stream(step, built, self._anatomy, sites)
             leaves = built.leaves
         else:
             units = units_of(step, built, self._anatomy)

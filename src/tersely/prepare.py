@@ -184,7 +184,8 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     if windows is not None and any(tempers(step) for step in recipe.step):
         whole = replace(recipe.calibration, samples=ALL_WINDOWS, order="first")
         everything = read_windows(whole, tokenizer, config, recipe.seed, first_token).tokens
-        unseen = temper.unseen(everything, windows.tokens, *(text.tokens for text in texts_of.values()))
+        unseen, warning = temper.unseen(everything, windows.tokens, *(text.tokens for text in texts_of.values()))
+        warnings += [warning] if warning else []
     for number, text in texts_of.items():
         step = recipe.step[number]
         if isinstance(step, TrainStep):

@@ -5,7 +5,7 @@ the shifted input, E[(x - x̂) x̂ᵀ] is needed beside E[x̂ x̂ᵀ], which `Gr
 much energy the dense output had.
 
 The difference is taken before the product, not after it: E[x x̂ᵀ] - E[x̂ x̂ᵀ] is rounding alone where nothing has been
-shifted, and mostly rounding where a loud channel hardly has.  Its inverse-weighted directions would make a weight of it.
+shifted, and mostly rounding beside a loud channel.  The inverse that follows would make a weight of it.
 """
 
 from typing import Self

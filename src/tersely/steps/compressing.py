@@ -116,7 +116,7 @@ def targets_of(
         )
     if step.method in METHODS:
         sites = anatomy.select(step.target)
-        _check_stream(step, built, anatomy, sites)
+        check_stream(step, built, anatomy, sites)
         bases = {} if base is None else {s.name: base.tensor(f"{s.name}.weight") for s in sites}
         turned = {s.name: bases[s.name].T if s.transposed else bases[s.name] for s in sites if s.name in bases}
         return tuple(
@@ -142,7 +142,7 @@ def targets_of(
     return targets
 
 
-def _check_stream(step: MethodStep, method: Any, anatomy: Anatomy, sites: Sequence[Site]) -> None:
+def check_stream(step: MethodStep, method: Any, anatomy: Anatomy, sites: Sequence[Site]) -> None:
     """Raises for a method that makes up for the drift of the residual stream where that cannot be observed."""
     if Drift not in method.needs:
         return
