@@ -5,8 +5,9 @@ import torch
 
 from tersely.errors import RecipeError
 from tersely.methods.low_rank.aa_svd import AnchoredSVD, anchored_target
+from tersely.methods.low_rank.anchored_kfac import AnchoredTwoSidedSVD
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
-from tersely.stats import Cross, Gram, Stats
+from tersely.stats import Cross, Drift, Gram, OutputGram, Stats
 
 
 def observed(dense: torch.Tensor, shifted: torch.Tensor) -> Stats:
@@ -74,6 +75,17 @@ def test_its_error_is_the_dropped_energy_and_the_gap_that_no_rank_closes(streams
     for rank in (1, 5, 16):
         wanted = (sigma[rank:].square().sum() + gap).item()
         assert error(weight, method.compress(weight, stats, rank), dense, shifted) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", [AnchoredSVD(), AnchoredSVD(pivot=True), AnchoredTwoSidedSVD(residual=0.5)])
+def test_only_what_is_stored_is_rounded(streams, method):
+    """Of a weight in bfloat16 the target and its truncation are those of float64, and the bytes those of bfloat16."""
+    weight, dense, shifted = streams
+    stats = observed(dense, shifted) | Stats({OutputGram: OutputGram(16), Drift: Drift(24)})
+    half = weight.bfloat16()
+    made, wide = (method.compress(w, stats, 5) for w in (half, half.double()))
+    assert all(map(torch.equal, made.state_dict().values(), wide.to(torch.bfloat16).state_dict().values()))
+    assert [o.nbytes for o in method.options(half, stats)] == [o.nbytes for o in method.sizes((16, 24), 2)]
 
 
 @pytest.mark.parametrize("rank", [2, 7, 12])

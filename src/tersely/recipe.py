@@ -80,7 +80,7 @@ class MethodStep:
 
     temper: bool = False
     """Scale the logits of the result, by one factor in the norm before the head, so that its predictions come nearest
-    to those of before on windows of the calibration text that were not drawn."""
+    to those of before on windows of the calibration text that were not drawn; where there are few, with a warning."""
 
     options: dict[str, Any] = field(default_factory=dict)
     """The method's own fields; in TOML they stand in the step itself."""

@@ -121,13 +121,15 @@ def _found(job: Job, windows: Tensor, replaced: Mapping[str, Made], changed: Map
     before, after = ([of_model.body(rows) for rows in batches] for of_model in (dense, cut))
 
     def lost(exponent: float) -> float:
+        """D.  Raises NumericalError where it is not finite."""
         factor = math.exp(exponent)
         scaled = (type(said)({**said, "last_hidden_state": said.last_hidden_state * factor}) for said in after)
-        return divergence(batches, (dense, before), (cut, scaled))
+        found = divergence(batches, (dense, before), (cut, scaled))
+        if not math.isfinite(found):
+            raise NumericalError("what the compressed model predicts is not finite; calibrate in bfloat16 or float32")
+        return found
 
     as_it_is = lost(0.0)
-    if not math.isfinite(as_it_is):
-        raise NumericalError("what the compressed model predicts is not finite; calibrate in bfloat16 or float32")
     least = minimize_scalar(
         lost, bounds=(math.log(RANGE[0]), math.log(RANGE[1])), method="bounded", options={"xatol": DIGITS}
     )

@@ -73,10 +73,10 @@ class AnchoredSVD:
     def options(self, weight: Float[Tensor, "out in"], stats: Stats) -> Sequence[Option]:
         """Errors are what truncation adds to the least possible error, in the damped metric."""
         wanted = self._best(weight, stats)
-        return rank_options(wanted, output_basis(wanted, self._metric(stats), vectors=False), self.pivot)
+        return rank_options(weight, output_basis(wanted, self._metric(stats), vectors=False), self.pivot)
 
     def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
-        return low_rank(self._best(weight, stats), self._metric(stats), amount, self.pivot)
+        return low_rank(self._best(weight, stats), self._metric(stats), amount, self.pivot).to(weight.dtype)
 
     def _metric(self, stats: Stats) -> Float[Tensor, "in in"]:
         return damped_gram(stats, self.damping)
@@ -88,8 +88,8 @@ class AnchoredSVD:
 def anchored_target(
     method: str, weight: Float[Tensor, "out in"], stats: Stats, anchor: float, damping: float, residual: float = 0.0
 ) -> Float[Tensor, "out in"]:
-    """W*, in the weight's dtype: what reads the shifted input and comes closest to W (x̂ + anchor · (x - x̂)), plus
-    residual · (h - ĥ) where the output is added to the residual stream.
+    """W*, float64: what reads the shifted input and comes closest to W (x̂ + anchor · (x - x̂)), plus residual · (h - ĥ)
+    where the output is added to the residual stream.  The weight itself where nothing has been shifted.
 
     The damping pulls it towards W, not towards zero.  Raises NumericalError, which names the method, where it does not
     suffice.
@@ -107,4 +107,4 @@ def anchored_target(
     if len(drift):  # of what writes to the stream
         missing += drift
     moved = torch.cholesky_solve(missing.T, root).T
-    return (weight.double() + moved).to(weight.dtype)
+    return weight.double() + moved

@@ -55,7 +55,7 @@ class AnchoredTwoSidedSVD:
 
     residual: float = 0.0
     """Share of the drift of the residual stream that what writes to it makes up for, 0 (none) to 1 (all); wants
-    propagate "input"."""
+    propagate "input", and above 0 the statistic `drift`."""
 
     shrink_inputs: float = 0.1
     """How much of the Gram matrix of the inputs gives way to a multiple of the identity, 0 to 1 (no unit)."""
@@ -95,11 +95,12 @@ class AnchoredTwoSidedSVD:
         nats that the loss is to rise by per token."""
         wanted = self._wanted(weight, stats)
         turned = felt_root(stats, self.shrink_gradients).T @ wanted.double()
-        return rank_options(wanted, output_basis(turned, self._metric(stats), vectors=False), self.pivot)
+        return rank_options(weight, output_basis(turned, self._metric(stats), vectors=False), self.pivot)
 
     def compress(self, weight: Float[Tensor, "out in"], stats: Stats, amount: int) -> LinearKind:
         root = felt_root(stats, self.shrink_gradients)
-        return two_sided(self._wanted(weight, stats), root, self._metric(stats), amount, self.pivot)
+        made = two_sided(self._wanted(weight, stats), root, self._metric(stats), amount, self.pivot)
+        return made.to(weight.dtype)
 
     def _wanted(self, weight: Float[Tensor, "out in"], stats: Stats) -> Float[Tensor, "out in"]:
         return anchored_target("anchored_kfac", weight, stats, self.anchor, self.damping, self.residual)
