@@ -21,9 +21,10 @@ Every finished block is a unit of the journal, so that a stopped run loses one b
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -122,12 +123,15 @@ class _Streams:
     """For methods that compare with what the dense model reads."""
     refiner: Refiner | None
 
-    def advance(self, cut: nn.Module, dense: nn.Module) -> None:
+    def advance(self, cut: nn.Module, dense: Callable[[], nn.Module]) -> None:
         self.shifted.observe(cut, {}, advance=True)
+        if self.dense is None and self.refiner is None:
+            return
+        block = dense()
         if self.dense is not None:
-            self.dense.observe(dense, {}, advance=True)
+            self.dense.observe(block, {}, advance=True)
         if self.refiner is not None:
-            self.refiner.advance(cut, dense)
+            self.refiner.advance(cut, block)
 
 
 def _compressed_blocks(
@@ -156,7 +160,7 @@ def _compressed_blocks(
         yield index, unit
         if index + 1 < count:
             with clock("replay"):
-                streams.advance(_as_cut(job, blocks, index, earlier, unit), blocks.dense(index))
+                streams.advance(_as_cut(job, blocks, index, earlier, unit), partial(blocks.dense, index))
             earlier |= unit.replaced
 
 
