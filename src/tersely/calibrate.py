@@ -36,6 +36,9 @@ from tersely.watching import Beside, Reads, holding, watching
 TOKENS_AT_ONCE = 2048
 """Tokens in a batch: enough to keep the processor busy, few enough for the widest intermediate of a block."""
 
+FORM = 2
+"""What the states of statistics mean on disk: those that meant something else are measured anew."""
+
 ENOUGH = 8
 """Tokens per channel of the widest input below which a Gram matrix is a poor estimate, and a warning is given."""
 
@@ -297,7 +300,7 @@ class StatisticsStore:
     def __init__(self, folder: Path, key: Mapping[str, Any], *, shared: bool = True) -> None:
         self.shared = shared
         """Whether other runs will read it."""
-        digest = hashlib.sha256(repr(sorted(key.items())).encode()).hexdigest()
+        digest = hashlib.sha256(repr((FORM, sorted(key.items()))).encode()).hexdigest()
         self.folder = folder / digest[:16]
 
     def has(self, block: int, needs: Iterable[type[Statistic]]) -> bool:
