@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -568,3 +569,14 @@ def test_folders_that_are_not_ours_or_not_finished_are_not_verified(model_folder
 def test_the_tiny_model_is_what_its_folder_holds(model_folder):
     """The tests above compare folders with folders; this one ties them to a model."""
     assert torch.equal(logits(model_folder()), tiny_model("llama")(**tiny_batch()).logits)
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["a checkpoint", "what tersely wrote"])
+def test_weights_that_are_missing_are_no_random_numbers(made, model_folder, compressed, tmp_path):
+    folder = tmp_path / "incomplete"
+    shutil.copytree(compressed() if made else model_folder(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("input_layernorm.weight"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"weights are missing for .*{re.escape(gone)}"):
+        tersely.load(folder)

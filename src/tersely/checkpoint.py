@@ -290,9 +290,7 @@ def rewrite_names(folder: Path, destination: Path, *, trust_remote_code: bool = 
         raise CheckpointError(
             f"{folder}: transformers cannot load it ({str(error).strip().partition(chr(10))[0]})"
         ) from error
-    if report["missing_keys"]:
-        shown = ", ".join(sorted(report["missing_keys"])[:5])
-        raise CheckpointError(f"{folder}: weights are missing for {shown}; the checkpoint is not complete")
+    refuse_missing(folder, report)
     destination.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     write_shards(destination, {name: state[name] for name in _untied(model)}, lambda name: state[name], 2 * 10**9)
@@ -300,12 +298,22 @@ def rewrite_names(folder: Path, destination: Path, *, trust_remote_code: bool = 
 
 
 def load_with_report(
-    folder: Path, cls: type["PreTrainedModel"], config: "PreTrainedConfig | None" = None
+    folder: Path,
+    cls: type["PreTrainedModel"],
+    config: "PreTrainedConfig | None" = None,
+    dtype: "str | torch.dtype" = "auto",
 ) -> tuple["PreTrainedModel", dict[str, Any]]:
     """The model as transformers opens it, and what it says of missing, unexpected and mismatched weights."""
-    both: Any = cls.from_pretrained(folder, config=config, dtype="auto", output_loading_info=True)
+    both: Any = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     model, report = both
     return model, report
+
+
+def refuse_missing(folder: Path, report: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for weights that transformers has filled with random numbers."""
+    if report["missing_keys"]:
+        shown = ", ".join(sorted(report["missing_keys"])[:5])
+        raise CheckpointError(f"{folder}: weights are missing for {shown}; the checkpoint is not complete")
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:

@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tersely.anatomy import Site, anatomy_of, model_class, needs_first_token
-from tersely.checkpoint import Source, locate, open_source, read_config, read_headers, read_tokenizer, write_model
-from tersely.deltas.folder import open_delta, write_delta
+from tersely.checkpoint import (
+    Source,
+    load_with_report,
+    locate,
+    open_source,
+    read_config,
+    read_headers,
+    read_tokenizer,
+    refuse_missing,
+    write_model,
+)
+from tersely.deltas.folder import base_record, open_delta, write_delta
 from tersely.errors import RecipeError, TerselyError
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation import protocol_named
@@ -112,13 +122,17 @@ def load(
     """Open a folder or hub model with the class that its configuration names.
 
     `trust_remote_code` accepts a folder that brings its own code; that code is not run, the library's class is used.
+    Raises CheckpointError where weights are missing, which would be random numbers.
     """
     folder = locate(str(model))
     check_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise RecipeError(f"dtype {dtype!r}; wanted auto, float32, float16 or bfloat16")
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    model_on_cpu: Any = model_class(config).from_pretrained(folder, dtype=dtype)
+    found, report = load_with_report(folder, model_class(config), dtype=dtype)
+    if base_record(config) is None:  # a delta borrows what it lacks
+        refuse_missing(folder, report)
+    model_on_cpu: Any = found
     return model_on_cpu.to(device)
 
 
