@@ -580,3 +580,11 @@ def test_weights_that_are_missing_are_no_random_numbers(made, model_folder, comp
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"weights are missing for .*{re.escape(gone)}"):
         tersely.load(folder)
+
+
+def test_one_text_and_one_target_may_be_said_without_a_list(model_folder, text_file, tmp_path):
+    said = {"method": "svd_llm", "keep": 0.6, "samples": 4, "length": 16}
+    listed, plain = tmp_path / "listed", tmp_path / "plain"
+    compress(model_folder(), listed, calibrate=[str(text_file)], target=["mlp"], **said)
+    compress(model_folder(), plain, calibrate=str(text_file), target="mlp", **said)
+    assert (listed / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()

@@ -71,12 +71,12 @@ def compress(
     size: int | str | None = None,
     perplexity: float | None = None,
     base: str | None = None,
-    target: Sequence[str] | None = None,
+    target: str | Sequence[str] | None = None,
     allocate: str | None = None,
     propagate: str | None = None,
     refine: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
-    calibrate: Sequence[str] = ("stdlib",),
+    calibrate: str | Sequence[str] = ("stdlib",),
     samples: int = Calibration.samples,
     length: int | None = None,
     order: str = Calibration.order,
@@ -99,14 +99,15 @@ def compress(
         "size": size,
         "perplexity": perplexity,
         "base": base,
-        "target": list(target) if target is not None else None,
+        "target": [target] if isinstance(target, str) else list(target) if target is not None else None,
         "allocate": allocate,
         "propagate": propagate,
         "refine": None if refine is None else dict(refine),
         "options": dict(options or {}),
     }
     step = plain_step(verb_for(method), method, said)
-    calibration = {"source": list(calibrate), "samples": samples, "length": length, "order": order}
+    sources = [calibrate] if isinstance(calibrate, str) else list(calibrate)
+    calibration = {"source": sources, "samples": samples, "length": length, "order": order}
     plain = {"model": str(model), "step": [step], "calibration": calibration}
     recipe = recipe_from(plain | {"seed": seed, "dtype": dtype, "device": device})
     return run(prepare(recipe, Path(out)), progress=progress)
