@@ -521,10 +521,15 @@ def test_a_pruned_model_runs_and_all_of_it_kept_is_the_dense_one(family, method)
     assert torch.equal(run(model), dense)
 
     model = tiny_model(family).double()
-    done = prune(model, method, lambda coupling: coupling.count // 2)
+    spans = []
+    done = prune(
+        model, method, lambda coupling: spans.append(coupling.count // 2 * coupling.width) or coupling.count // 2
+    )
     assert len(done) == 4
-    errors = [error for _, error in done.values()]
-    assert min(errors) >= 0 and max(errors) > 0  # a few tokens may say the same in fewer heads
+    tokens = tiny_batch()["input_ids"].numel()
+    for (_, error), span in zip(done.values(), spans, strict=True):
+        # gemma2 keeps 32 columns of the 24 tokens: as many span all of them, and nothing is lost but rounding
+        assert error > 0 if span < tokens else 0 <= error < 1e-12
     narrow = run(model)
     assert narrow.isfinite().all()
     assert not torch.allclose(narrow, dense)

@@ -5,7 +5,7 @@ of all windows, the statistics of one block, and the largest factorisation; besi
 measured, where ranks are learned on it, or where gradients are gathered.  Time counts floating-point operations and
 divides by what this machine reaches on two small probes, a product and an eigenproblem; expect it within a factor of
 two.  What is swept and factorised is that of the first step; of later ones counted is only what they do on the whole
-model.
+model.  Of training only its forward and backward passes are: neither the model, its gradients nor a teacher in memory.
 """
 
 import math
