@@ -261,8 +261,8 @@ def test_factors_that_are_not_there_are_refused():
     with pytest.raises(RecipeError, match="it has none"):
         Adapter(factors=("up",)).relax(linear((10, 24), "sum"), Stats(), generator())
     with pytest.raises(RecipeError, match="no target is factorised"):
-        Adapter(factors=("up",)).check([(4, 4)], 0, 0, None)
-    Adapter(factors=("up",)).check([(4, 4)], 1, 0, None)
+        Adapter(factors=("up",)).check([(8, 8)], [], 0, None)
+    Adapter(factors=("up",)).check([(8, 8)], [(8, 8)], 0, None)
     for fields in ({"factors": ("side",)}, {"factors": ("up", "up")}, {"factors": ("up",), "merge": False}):
         with pytest.raises(RecipeError, match="adapter"):
             Adapter(**fields)

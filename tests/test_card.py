@@ -340,10 +340,12 @@ def test_a_folder_that_was_changed_or_is_not_ours_is_not_recorded_in(compressed,
     with pytest.raises(CheckpointError, match=r"README\.md; what is measured of it is not recorded"):
         check_recordable(folder)
     (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
-    (folder / "report.json").write_text("{}")
-    (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
-    with pytest.raises(CheckpointError, match=r"report\.json: not the report of this release"):
-        check_recordable(folder)
+    report = json.loads((folder / "report.json").read_text())
+    for content, message in (({}, "model: Field required"), (report | {"later": 1}, "not the report of this release")):
+        (folder / "report.json").write_text(json.dumps(content))
+        (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+        with pytest.raises(CheckpointError, match=rf"report\.json: {message}"):
+            check_recordable(folder)
 
 
 def test_what_is_recorded_is_not_carried_into_the_next_model(compressed, copy_of):

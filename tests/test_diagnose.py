@@ -18,7 +18,7 @@ from tersely.diagnose.base import Seen
 from tersely.diagnose.joma import HeadSums
 from tersely.diagnose.outliers import SPIKE, Moments, Tokens, spikes
 from tersely.diagnose.spectra import spectrum
-from tersely.errors import NumericalError, RecipeError
+from tersely.errors import CheckpointError, NumericalError, RecipeError
 from tersely.linalg.truncation import output_basis
 from tersely.stats import Stats
 
@@ -422,7 +422,18 @@ def test_broken_weights_are_refused(what, model_folder, copy_of, text_file):
         state["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
 
     folder = damaged(copy_of(model_folder()), plant)
-    with pytest.raises(NumericalError, match="not finite"):
+    with pytest.raises(CheckpointError, match=r"NaN or infinite weights in .*q_proj\.weight"):
+        diagnose(folder, [what], [str(text_file)], samples=2, length=16)
+
+
+@pytest.mark.parametrize("what", DIAGNOSES)
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+def test_broken_weights_that_no_block_reads_are_refused(name, what, model_folder, copy_of, text_file):
+    def plant(state):
+        state[name].view(-1)[0] = float("inf")
+
+    folder = damaged(copy_of(model_folder()), plant)
+    with pytest.raises(CheckpointError, match=f"NaN or infinite weights in {name}"):
         diagnose(folder, [what], [str(text_file)], samples=2, length=16)
 
 

@@ -234,7 +234,7 @@ def test_places_that_are_wrong_are_refused(made, model_folder, copy_of, tmp_path
     ours = copy_of(made("gptq"))
     for arguments, message in (
         ([ours, tmp_path / "full", "--to", "dense"], "full exists; choose another folder or remove it"),
-        ([ours, tmp_path / "file", "--to", "dense"], "file exists; choose another folder or remove it"),
+        ([ours, tmp_path / "file", "--to", "dense"], "file is a file; choose another place"),
         ([ours, ours, "--to", "dense"], "exists; choose another folder"),
         ([model_folder(), tmp_path / "new", "--to", "dense"], "it is an ordinary model already"),
         ([tmp_path / "missing", tmp_path / "new", "--to", "dense"], "missing"),
@@ -243,6 +243,51 @@ def test_places_that_are_wrong_are_refused(made, model_folder, copy_of, tmp_path
         refused(arguments, message, tmp_path, capsys)
     (tmp_path / "empty").mkdir()
     assert command("export", ours, tmp_path / "empty", "--to", "dense") == 0  # as good as none
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "ending"),
+    [
+        ("svd_llm", "dense", "up_proj.up.weight"),
+        ("svd_llm", "dense", "input_layernorm.weight"),
+        ("gptq", "dense", "model.norm.weight"),
+        ("adapter", "dense", "up_proj.terms.1.up.weight"),
+        ("adapter", "peft", "up_proj.terms.1.up.weight"),
+        ("adapter", "peft", "model.norm.weight"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_not_exported(name, to, ending, made, copy_of, tmp_path, capsys):
+    out = copy_of(made(name))
+    state = load_file(out / "model.safetensors")
+    spoiled = max(tensor for tensor in state if tensor.endswith(ending))
+    state[spoiled].view(-1)[0] = torch.inf
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    message = f"NaN or infinite weights in {re.escape(spoiled)};"
+    refused([out, tmp_path / "new", "--to", to], message, tmp_path, capsys)
+
+
+def test_packed_scales_that_are_not_finite_are_not_exported(made, copy_of, tmp_path, capsys):
+    """They are stored as whole numbers: what is seen is the weight that they make."""
+    out = copy_of(made("gptq"))
+    state = load_file(out / "model.safetensors")
+    spoiled = max(tensor for tensor in state if tensor.endswith("up_proj.scales"))
+    state[spoiled].view(-1)[0] = torch.tensor(torch.inf, dtype=torch.float16).view(torch.int16)
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    message = f"NaN or infinite weights in {re.escape(spoiled.replace('scales', 'weight'))};"
+    refused([out, tmp_path / "new", "--to", "dense"], message, tmp_path, capsys)
+
+
+def test_a_product_that_is_too_large_for_the_dtype_is_not_exported(made, copy_of, tmp_path, capsys):
+    out = copy_of(made("svd_llm", dtype=torch.float16))
+    state = load_file(out / "model.safetensors")
+    place = "model.layers.1.mlp.up_proj"
+    for part in ("down", "up"):
+        state[f"{place}.{part}.weight"] = torch.full_like(state[f"{place}.{part}.weight"], 30_000)
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "empty").mkdir()
+    for place_to_write in ("new", "empty"):
+        message = rf"NaN or infinite weights in {re.escape(place)}\.weight"
+        refused([out, tmp_path / place_to_write, "--to", "dense"], message, tmp_path, capsys)
 
 
 def test_an_adapter_needs_the_base_that_its_recipe_names(made, copy_of, model_folder, tmp_path, capsys):

@@ -13,9 +13,10 @@ from families import TINY, tiny_config, tiny_model
 from tersely import gradients
 from tersely.anatomy import Anatomy, Site, anatomy_of
 from tersely.calibrate import StatisticsStore, watch_list
-from tersely.checkpoint import ForeignNamesError, Source, open_source, rewrite_names
+from tersely.checkpoint import ForeignNamesError, Source, open_source
 from tersely.errors import AnatomyError, NumericalError
 from tersely.gradients import CLIP, GradientStatistics, gather
+from tersely.opening import rewrite_names
 from tersely.stats import Fisher, Gram, OutputGram, Stats
 
 KINDS = (OutputGram, Fisher)

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -258,6 +259,57 @@ def test_a_manifest_that_does_not_fit_is_refused_by_name(modules, message, compr
     out = with_manifest(copy_of(compressed("llama")), modules=modules)
     with pytest.raises(CheckpointError, match=message):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def without(folder: Path, *names: str) -> Path:
+    """Take tensors out of a folder."""
+    state = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in state.items() if name not in names}
+    assert len(kept) == len(state) - len(names)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "gone"),
+    [
+        ("untied", ("model.norm.weight",)),
+        ("untied", ("lm_head.weight",)),
+        ("untied", ("model.layers.0.mlp.up_proj.down.weight", "model.layers.1.input_layernorm.weight")),
+        ("tied", ("model.embed_tokens.weight",)),
+        ("conv1d", ("transformer.h.0.mlp.c_fc.up.bias",)),
+        ("classifier", ("classifier.weight",)),
+    ],
+)
+def test_weights_that_are_missing_are_no_random_numbers(model, gone, compressed, copy_of):
+    """Whoever opens the folder: transformers logs it, and goes on with numbers that it draws."""
+    out = without(copy_of(folder_of(model, compressed)), *gone)
+    _, _, automatic, concrete = MODELS[model]
+    for name in (automatic, concrete):
+        with pytest.raises(CheckpointError, match=f"weights are missing for .*{re.escape(sorted(gone)[0])}"):
+            getattr(transformers, name).from_pretrained(out)
+
+
+def test_packed_numbers_that_are_missing_are_no_random_numbers(model_folder, tmp_path):
+    out = tersely.compress(model_folder(), tmp_path / "out", method="rtn", options={"width": 4, "group": 16}).out
+    gone = next(name for name in load_file(out / "model.safetensors") if name.endswith("mlp.up_proj.codes"))
+    with pytest.raises(CheckpointError, match=f"weights are missing for {re.escape(gone)}"):
+        AutoModelForCausalLM.from_pretrained(without(out, gone))
+
+
+@pytest.mark.filterwarnings("ignore:Some weights")
+def test_what_lies_in_the_body_is_missed_under_any_head(compressed, copy_of):
+    out = without(copy_of(compressed("llama")), "model.norm.weight")
+    for cls in (AutoModel, LlamaForSequenceClassification):
+        with pytest.raises(CheckpointError, match=r"weights are missing for (model\.)?norm\.weight;"):
+            cls.from_pretrained(out)
+
+
+def test_a_head_that_is_not_asked_for_may_be_missing(compressed, copy_of):
+    out = without(copy_of(compressed("llama")), "lm_head.weight")
+    assert torch.equal(
+        AutoModel.from_pretrained(out)(**tiny_batch())[0], tersely.load(compressed("llama")).model(**tiny_batch())[0]
+    )
 
 
 # --- an ordinary model ------------------------------------------------------------------------------------------------

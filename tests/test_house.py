@@ -22,8 +22,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A module may import what stands above it here, and what belongs to its own unit; never a neighbour, never below.
 LAYERS = (
-    {"errors", "memory", "option"},
-    {"settings"},
+    {"errors", "memory", "option", "side_by_side"},
+    {"settings", "destination"},
     {"hf", "recipe"},
     {"text", "journal"},
     {"linalg", "kernels"},
@@ -32,6 +32,7 @@ LAYERS = (
     {"methods"},
     {"allocate"},
     {"checkpoint", "watching"},
+    {"opening"},
     {"calibrate", "deltas"},
     {"gradients", "predictions"},
     {"train", "convert", "cache", "diagnose"},
@@ -46,7 +47,7 @@ LAYERS = (
     {"evaluation", "report"},
     {"steps"},
     {"outlook"},
-    {"prepare", "verify", "export"},
+    {"prepare", "verify", "export", "origin"},
     {"pipeline"},
     {"bench", "catalogue", "estimate", "generate", "push", "record"},
     {"demo", "progress"},
@@ -59,6 +60,7 @@ RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
 DEFERRED = {
     ("hf", "kinds"),  # a folder is opened: its manifest becomes modules
     ("hf", "deltas"),  # and what a folder of differences leaves out comes from its base
+    ("hf", "opening"),  # and what is missing is refused
 }
 
 MAY_IMPORT_TRANSFORMERS = {

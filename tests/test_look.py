@@ -14,6 +14,7 @@ from tersely.anatomy import Site, anatomy_of
 from tersely.catalogue import PLAIN_SECTIONS, SECTIONS, catalogue, catalogue_text, field_docstrings
 from tersely.checkpoint import open_source
 from tersely.cli import main
+from tersely.errors import CheckpointError
 from tersely.estimate import estimate, estimate_table
 from tersely.pipeline import compress, load
 from tersely.pipeline import run as run_recipe
@@ -304,3 +305,6 @@ def test_plan_of_foreign_names_reads_the_configuration_and_rewrites_nothing(tmp_
     assert (figures.model_bytes, figures.touched_bytes) == (known.model_bytes, known.touched_bytes)
     assert figures.disk_bytes == known.disk_bytes + known.model_bytes
     assert {path.name for path in model.iterdir()} == before
+    (model / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no weights \(looked for \*\.safetensors"):
+        estimate(recipe_from(plain))

@@ -13,7 +13,7 @@ from tersely import demo, sweeps
 from tersely.cli import main
 from tersely.errors import CheckpointError, NumericalError, RecipeError
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
-from tersely.pipeline import compress, recorded_base, run
+from tersely.pipeline import compress, run
 from tersely.prepare import prepare
 from tersely.recipe import recipe_from
 from tersely.verify import verify
@@ -83,13 +83,6 @@ def test_statistics_are_not_shared_by_models_that_differ_in_configuration_alone(
     shared = run(prepare(asked(other, text, step=none), tmp_path / "c"), statistics=store).out / "model.safetensors"
     assert shared.read_bytes() == alone.read_bytes()
     assert len(list(store.iterdir())) == 2
-
-
-def test_the_recorded_base_is_used_only_while_it_is_the_same_model(model, text, tmp_path):
-    out = run(prepare(asked(model, text), tmp_path / "out")).out
-    assert recorded_base(str(out)) == str(model)
-    edit(model, lambda state: state["model.norm.weight"].mul_(2))
-    assert recorded_base(str(out)) is None
 
 
 def test_verify_notices_weights_that_were_added(model, text, tmp_path):

@@ -259,6 +259,25 @@ def test_weights_that_are_not_finite_are_refused(compressed, copy_of):
         pack(folder, "owner/small")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("report.json", "{", r"report\.json: cannot be read as JSON"),
+        ("report.json", '{"model": 3}', r"report\.json: model: "),
+        ("plan.json", "{", r"plan\.json: damaged \("),
+        ("recipe.toml", "[[", r"recipe\.toml: damaged \("),
+    ],
+)
+def test_records_that_are_damaged_are_refused(name, content, message, tersely_, compressed, copy_of, nobody):
+    """Even where the checksums are right."""
+    folder = copy_of(compressed())
+    (folder / name).write_text(content)
+    (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+    status, _, err = tersely_("push", folder, "owner/small", "--dry-run")
+    assert status == 2
+    assert re.search(rf"^error: .*{message}", err), err
+
+
 @pytest.mark.parametrize("flag", ["--branch", "--message"])
 def test_empty_words_are_refused(flag, tersely_, compressed, nobody):
     status, _, err = tersely_("push", compressed(), "owner/small", flag, " ")

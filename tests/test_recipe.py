@@ -62,7 +62,7 @@ steps = st.builds(
         optional={
             "target": st.lists(words, min_size=1, max_size=3),
             "allocate": words,
-            "propagate": st.sampled_from(["none", "block", "input"]),
+            "propagate": st.sampled_from([None, "none", "block", "input"]),
             "on_failure": st.sampled_from(["raise", "dense"]),
         },
     ),
@@ -270,7 +270,7 @@ def test_equal_recipes_have_one_identity():
         recipe(step={"alpha": 1, "scale": "max"}).fingerprint(),
         recipe(step={"scale": "max", "alpha": 1}).fingerprint(),  # keys of a table have no order
         recipe(step={"scale": "max", "alpha": 1.0}).fingerprint(),
-        recipe(step={"options": {"scale": "max"}, "alpha": 1.0, "target": ["all"], "propagate": "block"}).fingerprint(),
+        recipe(step={"options": {"scale": "max"}, "alpha": 1.0, "target": ["all"], "allocate": "greedy"}).fingerprint(),
         recipe(step={"scale": "max", "alpha": 1.0}, seed=0, calibration={}).fingerprint(),
     }
     assert len(fingerprints) == 1

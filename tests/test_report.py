@@ -432,6 +432,38 @@ def test_what_is_no_result_is_refused(tmp_path):
             read_given([given])
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda plain: "{", r"cannot be read as JSON"),
+        (lambda plain: "[]", r"wanted an object, came list"),
+        (lambda plain: json.dumps(plain | {"model": 3}), r"model: "),
+        (lambda plain: json.dumps(plain | {"rows": [{"name": "checkpoint"}]}), r"rows\.0\.value: "),
+        (lambda plain: json.dumps(plain | {"evaluation": {"texts": [3]}}), r"texts\.0: "),
+        (
+            lambda plain: json.dumps(plain | {"evaluation": {"texts": [{"perplexity": "high"}]}}),
+            r"texts\.0\.perplexity",
+        ),
+    ],
+)
+def test_a_damaged_report_is_named(damage, message, tmp_path, capsys):
+    out = folder(tmp_path / "out", report())
+    (out / "report.json").write_text(damage(json.loads((out / "report.json").read_text())))
+    assert call("report", out, "--out", tmp_path / "page.html") == 2
+    err = capsys.readouterr().err
+    assert re.search(rf"^error: \S*report\.json: {message}.*; it is not as tersely wrote it: fetch it", err), err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_an_evaluation_alone_is_refused_with_the_command_that_shows_it(tmp_path, capsys):
+    (tmp_path / "ev.json").write_text('{"model": "small", "parameters": 1}')
+    assert call("report", tmp_path / "ev.json", "--out", tmp_path / "page.html") == 2
+    assert f"give `tersely report small {tmp_path / 'ev.json'}`, or, if that is a dense" in capsys.readouterr().err
+    (tmp_path / "ev.json").write_text('{"model": "small", "parameters": 1, "texts": 3}')
+    assert call("report", tmp_path / "ev.json", "--out", tmp_path / "page.html") == 2
+    assert "ev.json: texts: " in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not (RESULTS / "low_rank.json").is_file(), reason="results lie in a checkout only")
 def test_the_benches_of_this_repository_make_one_page():
     given = read_given([RESULTS / "low_rank.json", RESULTS / "quantize.json"])

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tersely import calibrate, checkpoint, job, journal, sweeps
-from tersely.errors import CheckpointError, RecipeError
+from tersely.errors import CheckpointError, DamageError, RecipeError
 from tersely.methods import METHODS
 from tersely.pipeline import run
-from tersely.prepare import prepare
-from tersely.recipe import Calibration, MethodStep, Recipe
+from tersely.prepare import identity, known_by, prepare
+from tersely.recipe import Calibration, MethodStep, Recipe, RewriteStep, TrainStep
+from tersely.settings import Refinement
 from tersely.verify import verify
 
 # What does not tell when and how often a run was interrupted.
@@ -204,7 +205,7 @@ def test_another_process_goes_on_with_what_a_killed_one_left(recipe, tmp_path):
         [sys.executable, "-c", KILLED, json.dumps(plain), str(out), "8"], capture_output=True, text=True
     )
     assert done.returncode == 77, done.stderr
-    assert (out / ".tersely" / "run.json").is_file()
+    assert {path.name for path in (out / ".tersely").iterdir()} >= {"run.json", "lock"}
     assert not (out / "config.json").exists()
     run(prepare(recipe, out))
     run(prepare(recipe, tmp_path / "whole"))
@@ -302,11 +303,14 @@ def test_a_finished_run_and_a_foreign_folder_are_refused(fresh, recipe, compress
     foreign.mkdir()
     (foreign / "diary.txt").write_text("today")
     (tmp_path / "file").write_text("a file")
-    for out in (finished, foreign, tmp_path / "file"):
+    for out in (finished, foreign):
         before = snapshot(out)
         with pytest.raises(CheckpointError, match=f"{out.name} exists and holds no unfinished run"):
             prepare(recipe, out, fresh=fresh)
         assert snapshot(out) == before
+    with pytest.raises(RecipeError, match="file is a file"):
+        prepare(recipe, tmp_path / "file", fresh=fresh)
+    assert (tmp_path / "file").read_text() == "a file"
 
 
 def test_files_are_on_the_disk_before_they_bear_their_names(tmp_path, monkeypatch):
@@ -324,6 +328,222 @@ def test_an_empty_folder_is_as_good_as_none(recipe, tmp_path):
     (tmp_path / "out").mkdir()
     run(prepare(recipe, tmp_path / "out"))
     assert all(check.passed for check in verify(tmp_path / "out"))
+
+
+# --- one run at a time ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_while_a_run_works_another_one_is_kept_out(fresh, recipe, unfinished, tmp_path):
+    one, other = prepare(recipe, unfinished), prepare(recipe, unfinished, fresh=fresh)
+    before = snapshot(unfinished)
+    with one.journal.alone():
+        for begin in (lambda: prepare(recipe, unfinished, fresh=fresh), lambda: run(other)):
+            with pytest.raises(CheckpointError, match=r"unfinished: another run is at work in it; .* another folder"):
+                begin()
+            assert snapshot(unfinished) == before | {".tersely/lock": b""}
+        run(one)
+    run(prepare(recipe, tmp_path / "whole"))
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_ended_while_another_run_got_ready_is_left_alone(fresh, recipe, unfinished):
+    late = prepare(recipe, unfinished, fresh=fresh)
+    run(prepare(recipe, unfinished))
+    before = snapshot(unfinished)
+    with pytest.raises(CheckpointError, match="exists and holds no unfinished run"):
+        run(late)
+    assert snapshot(unfinished) == before
+    assert all(check.passed for check in verify(unfinished))
+
+
+def test_a_refused_run_removes_nothing_that_another_one_began_meanwhile(recipe, tmp_path, monkeypatch):
+    def another_begins(out: Path, needed: int) -> None:
+        with journal.Journal(out, "another").alone():
+            pass
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr("tersely.prepare._check_disk", another_begins)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        prepare(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / ".tersely" / "lock").is_file()
+
+
+def test_the_first_of_several_processes_holds_the_lock_for_all(recipe, unfinished, monkeypatch):
+    with prepare(recipe, unfinished).journal.alone():
+        monkeypatch.setenv("RANK", "1")
+        with prepare(recipe, unfinished).journal.alone():
+            pass
+
+
+def test_without_locks_runs_go_on(recipe, tmp_path, monkeypatch):
+    def refused(file: object, how: int) -> None:
+        raise OSError("no locks here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.fcntl, "flock", refused)
+        run(prepare(recipe, tmp_path / "no locks on the disk"))
+    monkeypatch.setattr(journal, "fcntl", None)
+    run(prepare(recipe, tmp_path / "no locks at all"))
+    assert contents(tmp_path / "no locks at all") == contents(tmp_path / "no locks on the disk")
+
+
+# --- what makes a run the same ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(recipe: Recipe, kill: Kill, copy_of: Callable[[Path], Path], text_file: Path, tmp_path: Path) -> Recipe:
+    """A recipe whose run in "out" was stopped; its model and its text may be changed."""
+    model, text = copy_of(Path(recipe.model)), Path(shutil.copy(text_file, tmp_path / "words.txt"))
+    asked = replace(recipe, model=str(model), calibration=replace(recipe.calibration, source=[str(text)]))
+    with kill.at(6):
+        assert stopped(asked, tmp_path / "out")
+    return asked
+
+
+def test_paths_and_times_do_not_make_another_run(begun, tmp_path, monkeypatch):
+    """Nor does a file that nobody reads."""
+    model, text = Path(begun.model), Path(begun.calibration.source[0])
+    for path in (*model.iterdir(), text):
+        os.utime(path, (1, 1))
+    (model / ".hidden").write_text("")
+    prepare(begun, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    shutil.move(text, "moved.txt")
+    near = replace(begun, model=model.name, calibration=replace(begun.calibration, source=["moved.txt"]))
+    run(prepare(near, Path("out")))
+    run(prepare(near, Path("whole")))
+    different = {
+        name for name, content in contents(tmp_path / "out").items() if content != contents(Path("whole"))[name]
+    }
+    assert not different
+
+
+def test_paths_of_texts_and_bases_inside_of_steps_do_not_make_another_run(recipe, model_folder, tmp_path, monkeypatch):
+    text, base, adapter = (
+        Path(shutil.copytree(model_folder(), tmp_path / name)) for name in ("text", "base", "adapter")
+    )
+    (text / "words.txt").write_text("w5 w6")
+
+    def known(folder: Path, words: str) -> list[str]:
+        steps = [
+            TrainStep(["tokens"], text=[words]),
+            MethodStep("svd", keep=0.6, refine=Refinement(text=[words])),
+            RewriteStep("merge_adapter", {"adapter": str(folder / "adapter")}),
+            MethodStep("delta_come", base=str(folder / "base")),
+        ]
+        return [identity(replace(recipe, step=[step]), base, calibrated=True) for step in steps]
+
+    monkeypatch.chdir(tmp_path)
+    before = known(tmp_path, str(text / "words.txt"))
+    assert known(Path(), "text/words.txt") == before
+    (text / "words.txt").write_text("w6 w5")
+    for folder in (base, adapter):
+        (folder / "config.json").write_text("{}")
+    assert not set(known(tmp_path, str(text / "words.txt"))) & set(before)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "words.txt"])
+def test_other_contents_are_another_run(name, begun, tmp_path):
+    path = tmp_path / name if name.endswith(".txt") else Path(begun.model) / name
+    kept = path.stat()
+    content = path.read_bytes()
+    if name == "model.safetensors":
+        tensors = {name: tensor.flip(0) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        changed = {
+            "tokenizer.json": (b'"w7"', b'"wx"'),
+            "config.json": (b"1e-06", b"1e-05"),
+            "words.txt": (b"w7", b"w8"),
+        }
+        assert changed[name][0] in content
+        path.write_bytes(content.replace(*changed[name]))
+    assert path.stat().st_size == kept.st_size
+    os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    with pytest.raises(CheckpointError, match="unfinished run of another recipe, model or text"):
+        prepare(begun, tmp_path / "out")
+    path.write_bytes(content)
+    prepare(begun, tmp_path / "out")
+
+
+def test_one_number_of_a_large_model_is_noticed(recipe, kill, copy_of, tmp_path, monkeypatch):
+    """Of a large file pieces are compared first; all weights are, once they have been read."""
+    for name, size in (("WHOLE", 2000), ("PIECE", 16), ("PIECES", 2)):
+        monkeypatch.setattr(f"tersely.prepare.{name}", size)
+    model = copy_of(Path(recipe.model))
+    asked = replace(recipe, model=str(model))
+    with kill.at(6):
+        assert stopped(asked, tmp_path / "out")
+    before = known_by(model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert known_by(model) == before
+    with pytest.raises(CheckpointError, match="unfinished run of another recipe, model or text"):
+        prepare(asked, tmp_path / "out")
+    run(prepare(asked, tmp_path / "out", fresh=True))
+    run(prepare(asked, tmp_path / "whole"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# --- what is damaged --------------------------------------------------------------------------------------------------
+
+
+def spoil(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if how == "truncated" else b"\x00garbage" * 20)
+
+
+def test_damage_names_the_file_and_how_to_start_over(recipe, kill, tmp_path):
+    """Every file that an unfinished run of two steps made itself: most are read by whoever goes on."""
+    recipe, out = two_steps(spilling(recipe)), tmp_path / "out"
+    run(prepare(recipe, tmp_path / "whole"))
+    with kill.at(35):
+        assert stopped(recipe, out)
+    kept = Path(shutil.copytree(out, tmp_path / "kept"))
+    said = set()
+    made = [path for path in sorted(kept.rglob("*")) if path.suffix in (".json", ".safetensors")]
+    for number, path in enumerate(path for path in made if not path.name.startswith("tokenizer")):
+        shutil.rmtree(out)
+        shutil.copytree(kept, out)
+        damaged = out / path.relative_to(kept)
+        spoil(damaged, "truncated" if number % 2 else "garbage")
+        try:
+            run(prepare(recipe, out))
+        except DamageError as error:
+            assert str(damaged) in str(error) or str(damaged.parent) in str(error)
+            assert str(error).endswith("start over with --fresh")
+            said.add(damaged.name)
+            run(prepare(recipe, out, fresh=True))
+        assert contents(out) == contents(tmp_path / "whole"), damaged
+    assert said >= {"run.json", "plan.json", "0000.json", "0000.safetensors", "config.json", "model.safetensors"}
+
+
+def test_a_damaged_copy_under_other_names_is_made_anew(recipe, kill, copy_of, model_folder, tmp_path):
+    recipe, out = replace(recipe, model=str(pickled(copy_of(model_folder())))), tmp_path / "out"
+    with kill.at(8):
+        assert stopped(recipe, out)
+    (weights,) = (out / ".tersely").glob("source-*/model.safetensors")
+    spoil(weights, "truncated")
+    with pytest.raises(DamageError, match=r"model\.safetensors: truncated or damaged.*--fresh"):
+        prepare(recipe, out)
+    run(prepare(recipe, out, fresh=True))
+    run(prepare(recipe, tmp_path / "whole"))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_damaged_statistics_of_several_runs_are_to_be_removed(recipe, tmp_path):
+    recipe, statistics = spilling(recipe), tmp_path / "statistics"
+    run(prepare(recipe, tmp_path / "one"), statistics=statistics)
+    (file,) = statistics.rglob("0000.gram.safetensors")
+    spoil(file, "truncated")
+    with pytest.raises(CheckpointError, match=f"{file.name}: damaged .*; remove it, what it held is measured again"):
+        run(prepare(recipe, tmp_path / "two"), statistics=statistics)
+    file.unlink()
+    run(prepare(recipe, tmp_path / "two"), statistics=statistics)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 # --- statistics that are kept -----------------------------------------------------------------------------------------

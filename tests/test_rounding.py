@@ -300,7 +300,7 @@ def test_what_cannot_be_is_refused(said, message):
     with pytest.raises(RecipeError, match=message):
         Rounding(**said)
     with pytest.raises(RecipeError, match="learns no size"):
-        Rounding().check([], 0, 0, 3.0)
+        Rounding().check([], [], 0, 3.0)
 
 
 # --- the optimiser ----------------------------------------------------------------------------------------------------

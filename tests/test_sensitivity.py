@@ -338,7 +338,8 @@ def test_one_below_that_of_the_dense_model_is_refused_with_both(recipe, tmp_path
     with pytest.raises(
         RecipeError, match=r"perplexity 2: the dense model itself has \d+\.\d+ on 4 calibration windows"
     ):
-        run(prepare(seeking(recipe, 2.0), tmp_path / "out"))
+        prepare(seeking(recipe, 2.0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_figure_in_the_report_is_that_of_what_was_written(recipe, model_folder, tmp_path):
@@ -356,16 +357,21 @@ def test_the_figure_in_the_report_is_that_of_what_was_written(recipe, model_fold
 
 
 def test_another_perplexity_costs_nothing_but_plans_that_are_new(recipe, tmp_path, monkeypatch):
-    shared, usual, asked = tmp_path / "statistics", Laboratory._loss, []
+    usual, asked = Laboratory._loss, []
     monkeypatch.setattr(Laboratory, "_loss", lambda self: asked.append(1) or usual(self))
-    first = run(prepare(seeking(recipe, 1e9), tmp_path / "first"), statistics=shared)
+
+    def sought(ceiling: float, name: str) -> Any:
+        ready = prepare(seeking(recipe, ceiling), tmp_path / name)
+        del asked[:]  # by which is known that the dense model stays below
+        return run(ready, statistics=tmp_path / "statistics")
+
+    first = sought(1e9, "first")
     (row,) = [row for row in first.report.rows if row.name == "calibration perplexity"]
     assert 1 < len(asked) <= 1 + math.log2(planning.GRID)
-    del asked[:]
-    run(prepare(seeking(recipe, 1e8), tmp_path / "second"), statistics=shared)
+    sought(1e8, "second")
     assert asked == [], "every plan on the way is known"
     assert (tmp_path / "second" / "plan.json").read_bytes() == (tmp_path / "first" / "plan.json").read_bytes()
-    run(prepare(seeking(recipe, row.before * 1.000001), tmp_path / "third"), statistics=shared)
+    sought(row.before * 1.000001, "third")
     assert len(asked) < math.log2(planning.GRID), "the first plan is that of half the bytes, whatever was asked for"
 
 
@@ -379,6 +385,7 @@ def falling(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return 100 - 50 * (plan.nbytes / plan.dense_bytes if plan.choices else 1.0)
 
     monkeypatch.setattr(planning, "_perplexity", perplexity)
+    monkeypatch.setattr(Laboratory, "dense_perplexity", 50.0)
     return tried
 
 
@@ -397,7 +404,7 @@ def test_the_smallest_budget_of_the_grid_is_found(recipe, tmp_path, falling):
         found.append(bytes_of(out))
     assert found == sorted(found, reverse=True) and len(set(found)) == 4
     with pytest.raises(RecipeError, match="the dense model itself has 50"):
-        run(prepare(seeking(recipe, 50.0), tmp_path / "too low"))
+        prepare(seeking(recipe, 50.0), tmp_path / "too low")
 
 
 def dense_bytes(folder: Path) -> int:

@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 from families import tiny_batch, tiny_model
 from tersely.allocate import curve_of, uniform
 from tersely.anatomy import Site, Unit, anatomy_of, depth_units, reading_units
+from tersely.bench import entry_of
 from tersely.calibrate import Blocks, Replay
 from tersely.checkpoint import open_source
 from tersely.errors import CheckpointError, RecipeError
+from tersely.estimate import estimate
 from tersely.export import export
 from tersely.gradients import gather
 from tersely.hf import manifest_config
@@ -697,6 +699,15 @@ def test_a_later_step_quantizes_the_parts_and_the_model_exports(name, result, tm
     with torch.no_grad():
         wanted, dense = model(**tiny_batch()).logits, load(tmp_path / "dense")(**tiny_batch()).logits
     assert off(dense, wanted) < 1e-5
+
+
+def test_sharing_in_depth_need_not_be_told_what_it_can_do_alone(model_folder, text_file, tmp_path):
+    left_open = {key: value for key, value in DEEP.items() if key != "propagate"}
+    asked = recipe(model_folder(), text_file, left_open)
+    assert prepare(asked, tmp_path / "out").recipe.step[0].propagate == "none"
+    estimate(asked)
+    assert entry_of(asked).propagate == "none"
+    assert prepare(recipe(model_folder(), text_file, JOINT), tmp_path / "out").recipe.step[0].propagate == "block"
 
 
 def test_blocks_that_share_are_cut_after_all_of_them_were_seen(model_folder, text_file, tmp_path):

@@ -506,6 +506,7 @@ SVD = {"method": "svd", "keep": 0.5}
 LATENT = {"cache": "latent", "keep": 0.5}
 FOPE = {"convert": "fope"}
 SMOOTH = {"rewrite": "smooth"}
+PRE_SINQ = {"rewrite": "pre_sinq"}
 DELTA = {"method": "delta_come", **COARSE, "base": "{base}"}
 
 WRONG: list[tuple[str, list[Step], str]] = [
@@ -548,6 +549,9 @@ WRONG: list[tuple[str, list[Step], str]] = [
     ("gptq", [GPTQ], r"no linear is left to compress \(14 already QuantizedLinear"),
     ("gptq", [SMOOTH], "columns cannot be scaled any more; smooth before quantizing"),
     ("gptq", [FOPE], "no linear is left to compress"),
+    ("llama", [GPTQ, SMOOTH], r"step 2 \(smooth\): .*q_proj \(compressed by an earlier step, gptq\).*smooth before"),
+    ("llama", [{"method": "rtn", "width": 4, "target": ["mlp.gate"]}, PRE_SINQ], r"step 2 \(pre_sinq\): .*rewrite b"),
+    ("llama", [{"method": "svd_llm", "keep": 0.5, "remap": True}, SMOOTH], r"step 2 \(smooth\): .*smooth before"),
     # training
     ("llama", [train("adapter") | {"train": ["tokns"]}], "unknown objective 'tokns'; did you mean 'tokens'"),
     ("llama", [train("adapter") | {"train": []}], "an empty list of objectives"),
@@ -576,6 +580,7 @@ WRONG: list[tuple[str, list[Step], str]] = [
 
 LATER: list[tuple[list[Step], str]] = [
     ([train("nipq", bits=4.0), GPTQ], "no linear is left"),
+    ([train("nipq", bits=4.0), SMOOTH], r"q_proj \(compressed by an earlier step, nipq\).*smooth before quantizing"),
     ([train("nipq", bits=4.0), train("full")], "are packed; train an adapter beside them"),
     ([train("adapter", merge=False), {"method": "stat", "target": ["mlp"], "keep": 0.5}], "holds no whole unit"),
     ([SVD, train("kasa", rank=2)], "is compressed already and cannot be truncated"),
@@ -584,6 +589,9 @@ LATER: list[tuple[list[Step], str]] = [
     ([SVD | {"target": ["mlp"]}, train("nipq", target=["attention"])], "say bits, the average"),
     ([train("nipq", bits=1.0)], "bits = 1.0, but widths of 2 take"),
     ([train("adapter", bits=4.0)], "bits"),
+    ([train("adapter", rank=17)], r"adapter: rank = 17, and a target has the shape \(16, 32\); wanted at most 16"),
+    ([SVD, train("adapter", rank=17)], "rank = 17, .* wanted at most 16"),
+    ([SVD, train("kasa", rank=17, truncate=False)], "kasa: rank = 17, .* wanted at most 16"),
     ([train("adapter", held_out=500)], "are to be held out, more than half"),
     (
         [SVD | {"pivot": True}, train("adapter", factors=["up"])],
@@ -592,6 +600,12 @@ LATER: list[tuple[list[Step], str]] = [
     ([{"method": "svd_llm", "keep": 0.5, "remap": True}, train("adapter", factors=["down"])], "there will be none"),
     ([FOPE | {"train_length": 1}], "none of the 4 rotary frequencies completes a turn"),
 ]
+
+
+@pytest.mark.parametrize("rewrite", [SMOOTH, PRE_SINQ], ids=lambda step: step["rewrite"])
+@pytest.mark.parametrize("step", [SVD, GPTQ | {"target": ["mlp.down"]}], ids=lambda step: step["method"])
+def test_what_still_can_be_rewritten_is(step, rewrite, model_folder, text_file, tmp_path):
+    assert compress(model_folder(), tmp_path / "out", recipe(text_file, step, rewrite)) == 0
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -256,6 +257,36 @@ def test_a_dataset_that_does_not_fit_is_an_error_that_says_what_there_is(dataset
 def test_a_dataset_with_gaps_is_an_error_of_ours(dataset):
     with pytest.raises(RecipeError, match="text"):
         read_text(dataset(train=["one", None]), "calibration")
+
+
+@pytest.mark.parametrize("answer", [None, 404], ids=["out of reach", "answers"])
+def test_a_hub_that_cannot_be_reached_is_asked_once(answer, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    switched_off = []
+
+    def silent(self, path, **keywords):
+        error = OSError("no route to host")
+        if answer is not None:
+            error.response = answer
+        raise error
+
+    def load(*arguments, **keywords):
+        switched_off.append((datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))
+        raise OSError("gone")
+
+    monkeypatch.setattr(HfApi, "dataset_info", silent)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    reach = r"out of reach \(no route to host\); connect, or give a file, or stdlib" if answer is None else r"\(gone\)"
+    with pytest.raises(RecipeError, match=reach):
+        read_text("owner/texts", "calibration")
+    assert switched_off == [(answer is None,) * 2]
+    assert (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == (False, False)
+
+
+def test_copies_of_a_dataset_are_read_without_the_hub(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **keywords: [{"text": "one"}, {"text": "two"}])
+    assert read_text("owner/copied", "calibration") == Text("owner/copied", "one\n\ntwo")
 
 
 # --- tokens and windows -----------------------------------------------------------------------------------------------

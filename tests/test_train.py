@@ -1,6 +1,7 @@
 """The loop: the same bytes for the same seed, stopped or not; what it minimises has its minimum where it should."""
 
 import math
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from tersely.errors import AnatomyError, CheckpointError, NumericalError, Recipe
 from tersely.journal import Journal
 from tersely.kinds import LowRankLinear, Made
 from tersely.stats import Stats
-from tersely.train import OBJECTIVES, RELAXATIONS, Relaxed, Training, harden, relax_sites, train
+from tersely.train import OBJECTIVES, RELAXATIONS, Relaxed, Training, harden, loop, relax_sites, train
 from tersely.train.data import Batches, hold_out
 from tersely.train.objectives import Logits, Tokens
 from tersely.train.relax.adapter import Adapter
@@ -161,6 +162,44 @@ def test_patience_brings_the_best_numbers_back_and_survives_a_stop(tmp_path):
     held_out = hold_out(windows(), training.held_out)[1]
     with torch.no_grad():
         assert Tokens()(model.eval()(held_out), None, held_out).item() == pytest.approx(best.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("patience", [0, 9])
+@pytest.mark.parametrize("name", RELAXATIONS)
+def test_interrupted_it_keeps_its_last_whole_step(name, patience, tmp_path, monkeypatch):
+    """Wherever that is: before, while and after the numbers move, in a measurement, behind a step."""
+    training = replace(SHORT, save_every=100, patience=patience)
+    keywords = {"relaxation": RELAXATIONS[name](), "bits": 6.0}
+    whole, _, outcome = trained(training, **keywords)
+    journal = Journal(tmp_path, "one")
+    seen: list[int] = []
+
+    def interrupted_in(place: object, name: str, count: int, *, after: bool = False) -> int:
+        """Ask the process to end when a function is called for that time; gives the steps that are kept."""
+        usual, calls = getattr(place, name), []
+
+        def function(*arguments, **named):
+            calls.append(name)
+            if after:
+                usual(*arguments, **named)
+            if len(calls) == count:
+                signal.raise_signal(signal.SIGINT)
+            return None if after else usual(*arguments, **named)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, function)
+            trained(training, **keywords, journal=journal, callback=lambda step, model: seen.append(step))
+        return len(journal.read_tensors("training.safetensors")["losses"]) if journal.has("training.safetensors") else 0
+
+    assert interrupted_in(Tokens, "__call__", 1) == 0
+    assert interrupted_in(torch.optim.AdamW, "step", 2) == 2
+    assert interrupted_in(torch.optim.AdamW, "step", 1, after=True) == 3
+    assert interrupted_in(loop._Run, "_measure", 1) == 4  # the measurement is made good
+    assert interrupted_in(Tokens, "__call__", 3) == 5
+    model, _, resumed = trained(training, **keywords, journal=journal)
+    assert same(numbers(model), numbers(whole))
+    assert resumed == outcome
+    assert seen == sorted({*seen})  # no step was done twice
 
 
 def test_the_state_of_another_training_is_refused(tmp_path):

@@ -9,9 +9,10 @@ everything after this line reads one way.
 import copy
 import hashlib
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property, partial
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import ModelCard, snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 # What belongs to one folder only and is not carried from a model to its compressed form.
 NOT_CARRIED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", "*.onnx", "*.ot", "*.index.json",
@@ -97,11 +99,11 @@ class Source:
 
     def skeleton(self) -> "PreTrainedModel":
         """The model with parameters on the meta device; buffers that are computed, not stored, are real."""
-        return _skeleton(self.config, self.manifest)
+        return skeleton_of(self.config, self.manifest)
 
     def stock_skeleton(self) -> "PreTrainedModel":
         """The model as its library makes it, without any module of ours."""
-        return _skeleton(self.config, {})
+        return skeleton_of(self.config, {})
 
     @cached_property
     def ties(self) -> dict[str, str]:
@@ -110,7 +112,13 @@ class Source:
         return {name: original for name, original in tied.items() if original in self.stored}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor by its name in the model, floating ones in `dtype`."""
+        """One tensor by its name in the model, floating ones in `dtype`.  Raises CheckpointError where it is not
+        finite."""
+        tensor = self.unchecked(name)
+        check_finite(self.folder, {name: tensor})
+        return tensor
+
+    def unchecked(self, name: str) -> Tensor:
         tensor = _read(self.stored[name if name in self.stored else self.ties[name]])
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
@@ -157,17 +165,33 @@ class Source:
         for local in ("_name_or_path", "transformers_version"):
             settings.pop(local, None)
         digest = hashlib.sha256(json.dumps([settings, str(self.dtype)], sort_keys=True, default=str).encode())
-        bad = []
+        bad: list[str] = []
         for name in sorted(self.stored):
-            tensor = self.tensor(name)
-            if not torch.isfinite(tensor).all():
+            tensor = self.unchecked(name)
+            if not is_finite(tensor):
                 bad.append(name)
             digest.update(name.encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        if bad:
-            shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-            raise CheckpointError(f"{self.folder}: NaN or infinite weights in {shown}; repair the checkpoint first")
+        _refuse_not_finite(self.folder, bad)
         return digest.hexdigest()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; without the copies that `torch.isfinite` takes."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return all(math.isfinite(end) for end in torch.stack(tensor.aminmax()).tolist())
+
+
+def check_finite(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError that names the tensors with NaN or infinite entries."""
+    _refuse_not_finite(folder, [name for name, tensor in tensors.items() if not is_finite(tensor)])
+
+
+def _refuse_not_finite(folder: Path, bad: Sequence[str]) -> None:
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise CheckpointError(f"{folder}: NaN or infinite weights in {shown}; repair the checkpoint first")
 
 
 def locate(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -194,6 +218,12 @@ def locate(model: str, revision: str | None = None, *, weights: bool = True) -> 
         raise CheckpointError(f"{model}: neither a folder nor a model that the hub would give ({reason})") from error
 
 
+def require_weights(folder: Path) -> None:
+    """Raises CheckpointError for a folder without any file of weights."""
+    if not any(path.match(pattern) for path in folder.iterdir() for pattern in WEIGHT_FILES):
+        raise CheckpointError(f"{folder}: no weights (looked for {', '.join(WEIGHT_FILES)}); fetch or write them")
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> "PreTrainedConfig":
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; wanted a Hugging Face model folder")
@@ -209,13 +239,17 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> "PreTrained
             f"{folder}: the checkpoint brings its own Python code ({named}), which is not run unless you allow it with "
             "--trust-remote-code"
         )
-    foreign = plain.get("quantization_config", {}).get("quant_method", METHOD)
+    quantized = plain.get("quantization_config") or {}
+    if not isinstance(quantized, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: quantization_config = {quantized!r}; wanted a table, or none")
+    foreign = quantized.get("quant_method", METHOD)
     if foreign != METHOD:
         raise CheckpointError(f"{folder} is already quantized by {foreign}; start from the model's original weights")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {str(error).strip().partition(chr(10))[0]}") from error
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        reason = " ".join(str(error).strip().partition("\n\n")[0].split())
+        raise CheckpointError(f"{folder / 'config.json'}: {reason}") from error
 
 
 def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -229,7 +263,7 @@ def open_source(folder: Path, *, dtype: str | None = None, trust_remote_code: bo
     if not headers:
         raise ForeignNamesError(f"{folder} has no safetensors")
     manifest = read_manifest(config.quantization_config) if getattr(config, "quantization_config", None) else {}
-    skeleton = _skeleton(config, manifest)
+    skeleton = skeleton_of(config, manifest)
     tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     prefix = f"{skeleton.base_model_prefix}."
@@ -267,53 +301,14 @@ def outline(folder: Path, *, dtype: str | None = None, trust_remote_code: bool =
     """A source that knows what its configuration says: names and shapes, but no file to read a number from."""
     config = read_config(folder, trust_remote_code=trust_remote_code)
     manifest = read_manifest(config.quantization_config) if getattr(config, "quantization_config", None) else {}
-    skeleton = _skeleton(config, manifest)
+    skeleton = skeleton_of(config, manifest)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     held = _dtype_of(config, {}, dtype)
-    return Source(folder, config, {n: Stored(folder, n, shapes[n], held) for n in _untied(skeleton)}, held)
+    return Source(folder, config, {n: Stored(folder, n, shapes[n], held) for n in untied(skeleton)}, held)
 
 
 class ForeignNamesError(CheckpointError):
     """The weights are not stored under the names of the modules they load into."""
-
-
-def rewrite_names(folder: Path, destination: Path, *, trust_remote_code: bool = False) -> None:
-    """Load a checkpoint the way transformers does and store it under the modules' own names, one file a block or so.
-
-    This holds the whole model in memory, once.
-    """
-    config = read_config(folder, trust_remote_code=trust_remote_code)
-    cls = model_class(config)
-    try:
-        model, report = load_with_report(folder, cls, config=config)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: transformers cannot load it ({str(error).strip().partition(chr(10))[0]})"
-        ) from error
-    refuse_missing(folder, report)
-    destination.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
-    write_shards(destination, {name: state[name] for name in _untied(model)}, lambda name: state[name], 2 * 10**9)
-    model.config.save_pretrained(destination)
-
-
-def load_with_report(
-    folder: Path,
-    cls: type["PreTrainedModel"],
-    config: "PreTrainedConfig | None" = None,
-    dtype: "str | torch.dtype" = "auto",
-) -> tuple["PreTrainedModel", dict[str, Any]]:
-    """The model as transformers opens it, and what it says of missing, unexpected and mismatched weights."""
-    both: Any = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
-    model, report = both
-    return model, report
-
-
-def refuse_missing(folder: Path, report: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for weights that transformers has filled with random numbers."""
-    if report["missing_keys"]:
-        shown = ", ".join(sorted(report["missing_keys"])[:5])
-        raise CheckpointError(f"{folder}: weights are missing for {shown}; the checkpoint is not complete")
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
@@ -338,7 +333,7 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                 for name in opened.keys():
                     piece = opened.get_slice(name)
                     headers[name] = Stored(folder / file, name, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, OSError) as error:
             raise CheckpointError(
                 f"{folder / file}: truncated or damaged ({error}); fetch or write it again"
             ) from error
@@ -415,9 +410,9 @@ def write_model(folder: Path, source: Source, edit: Edit, shard_bytes: int) -> d
     config = copy.deepcopy(source.config)
     for name, value in edit.settings.items():
         setattr(config, name, value)
-    skeleton = _skeleton(config, manifest)
+    skeleton = skeleton_of(config, manifest)
     parts = edit.parts
-    like = {name: parts[name] if name in parts else _like(source, name) for name in _untied(skeleton)}
+    like = {name: parts[name] if name in parts else _like(source, name) for name in untied(skeleton)}
     write_shards(folder, like, lambda name: parts[name] if name in parts else source.tensor(name), shard_bytes)
     carry(source.carried_from, folder)
     config = skeleton.config
@@ -449,7 +444,8 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _skeleton(config: "PreTrainedConfig", manifest: Mapping[str, Spec]) -> "PreTrainedModel":
+def skeleton_of(config: "PreTrainedConfig", manifest: Mapping[str, Spec]) -> "PreTrainedModel":
+    """The model of a configuration, with parameters on the meta device; buffers that are computed are real."""
     config = copy.deepcopy(config)
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = model_class(config)(config)
@@ -460,7 +456,7 @@ def _skeleton(config: "PreTrainedConfig", manifest: Mapping[str, Spec]) -> "PreT
     return model.eval()
 
 
-def _untied(model: "PreTrainedModel") -> list[str]:
+def untied(model: "PreTrainedModel") -> list[str]:
     """Names of the state dict in order, each tied parameter once."""
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     return [name for name in model.state_dict() if name not in tied]

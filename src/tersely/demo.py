@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from tersely.bench import Bench, Entry, Row, bench_content, markdown, rows_so_far, run_bench
+from tersely.destination import check_folder
 from tersely.errors import CheckpointError
 from tersely.job import Progress
 from tersely.journal import commit_text
@@ -27,9 +28,8 @@ MARK, COMMAND = "demo.json", "tersely demo"
 
 
 def check_place(out: Path) -> None:
-    """Raises CheckpointError for a folder that is neither new, nor empty, nor a demo."""
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; choose a folder")
+    """Raises TerselyError for a folder that is neither new, nor empty, nor a demo, or that cannot be written."""
+    check_folder(out)
     if out.exists() and any(out.iterdir()):
         if not (out / MARK).is_file():
             raise CheckpointError(f"{out} exists and is no demo; choose another folder or remove it")

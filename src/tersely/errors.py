@@ -1,4 +1,4 @@
-"""What can go wrong, in four words.
+"""What can go wrong, in a few words.
 
 Every message says what came, what was wanted and what to do.  The command line turns these into one line and an exit
 status: 2 while nothing has been written, 1 once a run has begun (it can then be resumed).
@@ -26,6 +26,10 @@ class NumericalError(TerselyError):
 
 class CheckpointError(TerselyError):
     """A folder cannot be read or written as a checkpoint."""
+
+
+class DamageError(CheckpointError):
+    """What an unfinished run has left cannot be read: it has to start over."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -53,6 +53,7 @@ class Estimate:
 def estimate(recipe: Recipe) -> Estimate:
     """Check a recipe as far as headers tell, write nothing, run nothing, and say what it would take."""
     found = examine(recipe, None)
+    recipe = found.recipe  # with what it left to methods
     roles: dict[str, tuple[int, int]] = {}
     itemsize = found.source.dtype.itemsize
     for site in _sites(found):
@@ -226,6 +227,7 @@ def _seconds(recipe: Recipe, found: Examined) -> float:
     needs_curves, streams = False, 1
     if isinstance(step, MethodStep | CacheStep):
         needs_curves = build_allocator(step.allocate).needs_errors
+        assert step.propagate is not None  # `examine` has settled it
         streams = needs_curves + {"none": 0 if needs_curves else 1, "block": 2, "input": 5}[step.propagate]
     if any(isinstance(step, TrainStep) for step in recipe.step):
         streams += 3  # forward, and twice as much backward

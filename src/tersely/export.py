@@ -5,13 +5,15 @@ none.
 """
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tersely.checkpoint import Edit, Source, State, locate, open_source, write_model
+from tersely.checkpoint import Edit, Source, State, check_finite, locate, open_source, write_model
 from tersely.deltas.folder import open_any, outermost
+from tersely.destination import check_folder
 from tersely.errors import CheckpointError, RecipeError, unknown
 from tersely.kinds import (
     DenseLinear,
@@ -34,15 +36,23 @@ def export(out: Path, destination: Path, to: str) -> None:
     """Write a folder of ours in another format into a new folder."""
     if to not in FORMATS:
         raise RecipeError(unknown("format", to, FORMATS))
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    check_folder(destination)
+    if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} exists; choose another folder or remove it")
     source = open_any(out)
     if not source.manifest:
         raise CheckpointError(f"{out} holds no compressed module; it is an ordinary model already")
-    if to == "dense":
-        _dense(source, destination)
-    else:
-        _peft(source, destination)
+    existed = destination.exists()
+    try:
+        if to == "dense":
+            _dense(source, destination)
+        else:
+            _peft(source, destination)
+    except BaseException:  # half of a model must not look like one
+        shutil.rmtree(destination, ignore_errors=True)
+        if existed:
+            destination.mkdir()
+        raise
 
 
 def _dense(source: Source, destination: Path) -> None:
@@ -61,6 +71,8 @@ def _dense(source: Source, destination: Path) -> None:
             + (f" and {len(odd) - 5} more" if len(odd) > 5 else "")
         )
     plain = {name: _plain(module, places[name], source.dtype) for name, module in modules.items()}
+    for name, state in plain.items():  # a product of finite factors may be too large for the dtype
+        check_finite(source.folder, {f"{name}.{part}": tensor for part, tensor in state.items()})
     stock = copy.copy(source)
     stock.config = copy.deepcopy(source.config)
     del stock.config.quantization_config  # of the manifest nothing is left

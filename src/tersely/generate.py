@@ -1,5 +1,6 @@
 """Continue a text with a model, piece by piece."""
 
+import math
 from collections.abc import Iterator
 from threading import Thread
 from typing import Any
@@ -8,26 +9,39 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from tersely.errors import RecipeError
+from tersely.text import context_length
+
+USUAL = 64
+"""Tokens that are added where nobody says how many."""
 
 
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    tokens: int,
+    tokens: int | None,
     temperature: float,
     seed: int,
 ) -> Iterator[str]:
-    """Yield the prompt's continuation as it is decoded, on the path that transformers' `generate` takes."""
-    if tokens < 1:
+    """Yield the prompt's continuation as it is decoded, on the path that transformers' `generate` takes.
+
+    `tokens`: how many to add at most; None for `USUAL`, or fewer where the context ends.  Raises RecipeError for what
+    is out of range, and for a prompt or a number of tokens beyond the context, where positions were never trained.
+    """
+    if tokens is not None and tokens < 1:
         raise RecipeError(f"--tokens {tokens}; wanted 1 or more")
-    if temperature < 0:
-        raise RecipeError(f"--temperature {temperature}; wanted 0 or more")
+    if not 0 <= temperature < math.inf:
+        raise RecipeError(f"--temperature {temperature}; wanted 0 or more, a finite number")
     if not model.can_generate():
         raise RecipeError(f"{type(model).__name__} does not generate text; it is no causal language model")
     given = tokenizer(prompt, return_tensors="pt").to(model.device)
     if given["input_ids"].shape[1] == 0:
         raise RecipeError("--prompt is empty; give it some text")
+    room = _room(model, given["input_ids"].shape[1])
+    if tokens is None:
+        tokens = USUAL if room is None else min(USUAL, room)
+    elif room is not None and tokens > room:
+        raise RecipeError(f"--tokens {tokens} go beyond the model's context behind this prompt; give {room} or less")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     failure: list[BaseException] = []
@@ -47,3 +61,11 @@ def stream(
     thread.join()
     if failure:
         raise failure[0]
+
+
+def _room(model: PreTrainedModel, given: int) -> int | None:
+    """Tokens that may follow so many given ones; None where the model knows no limit."""
+    context = context_length(model.config)
+    if context is not None and given >= context:
+        raise RecipeError(f"--prompt has {given} tokens, and the model's context of {context} has no room; shorten it")
+    return None if context is None else context - given

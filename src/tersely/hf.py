@@ -108,6 +108,26 @@ def _tied_heads(manifest: dict[str, dict[str, Any]], model: "PreTrainedModel") -
     return heads
 
 
+def _refuse_incomplete(model: "PreTrainedModel", manifest: dict[str, dict[str, Any]]) -> None:
+    """Have an incomplete folder refused: transformers fills what is missing with random numbers and only logs it.
+
+    It tells nobody but this method of the model which names these are, when those that are tied, or borrowed from the
+    base of a delta, are off the list.  A release that has none by that name opens such a folder; `verify` refuses it.
+    """
+    usual = getattr(model, "_adjust_missing_and_unexpected_keys", None)
+    if usual is None:
+        return
+
+    def adjust(report: Any) -> None:
+        from tersely.opening import refuse_incomplete
+
+        del model._adjust_missing_and_unexpected_keys  # the class's again, so that the model may be copied and pickled
+        usual(report)
+        refuse_incomplete(model, manifest, report.missing_keys)
+
+    model._adjust_missing_and_unexpected_keys = adjust  # type: ignore[method-assign, assignment]
+
+
 def _register(tables: ModuleType) -> None:
     if METHOD in tables.AUTO_QUANTIZER_MAPPING:
         return
@@ -135,13 +155,15 @@ def _register(tables: ModuleType) -> None:
         def _process_model_before_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
             from tersely.kinds import replace_modules
 
-            manifest = self.quantization_config.to_dict()
-            replace_modules(model, _renamed(read_manifest(manifest), model))
+            config = self.quantization_config.to_dict()
+            manifest = read_manifest(config)
+            replace_modules(model, _renamed(manifest, model))
+            _refuse_incomplete(model, manifest)
             self._borrowed = None
-            if manifest["base"] is not None:
+            if config["base"] is not None:
                 from tersely.deltas import Borrowed
 
-                self._borrowed = Borrowed(model, kwargs["checkpoint_files"], manifest)
+                self._borrowed = Borrowed(model, kwargs["checkpoint_files"], config)
 
         def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
             if self._borrowed is not None:

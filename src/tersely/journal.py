@@ -2,23 +2,30 @@
 
 A file appears under its name complete or not at all: it is written beside it, synced, then renamed.  A run keeps its
 units (curves, statistics, finished blocks) in a folder inside the output until it ends; a run of the same recipe that
-finds them goes on where the former one stopped, and ends with the same bytes.
+finds them goes on where the former one stopped, and ends with the same bytes.  While it works, a lock in that folder
+keeps other runs out; the system takes it off a process that dies.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tersely.errors import CheckpointError
+from tersely.errors import CheckpointError, DamageError
 
-FOLDER = ".tersely"
+try:
+    import fcntl
+except ImportError:  # a platform without such locks: runs are not kept apart there
+    fcntl = None  # type: ignore[assignment]
+
+FOLDER, STARTED, LOCK = ".tersely", "run.json", "lock"
 
 
 def commit(path: Path, write: Callable[[Path], object]) -> None:
@@ -51,48 +58,120 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}
 
 
+@contextmanager
+def reading(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Within, `path` is read, which a run wrote.  Raises DamageError if that fails; CheckpointError for a file `shared`
+    by several runs, since those need not start over."""
+    try:
+        yield
+    except (CheckpointError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        found = f"{path}: damaged ({str(error).strip().partition(chr(10))[0]})"
+        if shared:
+            raise CheckpointError(f"{found}; remove it, what it held is measured again") from error
+        raise DamageError(f"{found}; nothing can go on from it, start over with --fresh") from error
+
+
 class Journal:
     """The units of one unfinished run, in a folder of its own inside the output."""
 
     def __init__(self, out: Path, fingerprint: str) -> None:
         self.folder = out / FOLDER
         self._fingerprint = fingerprint
+        self._weights: str | None = None
         self._stale = False
+        self._lock: IO[bytes] | None = None
         self.renamed = self.folder / f"source-{fingerprint[:16]}"
         """For the weights under the modules' names; of this run alone, since a path may come to hold another model."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, no other process works in the output; within itself it changes nothing.  Raises CheckpointError,
+        with everything as it was, where one does already.
+
+        Of the processes of one run (`torchrun`) the first holds the lock for all.
+        """
+        if self._lock is not None or not _locks():
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / LOCK
+        with lock.open("ab") as file:
+            # a run that ended in between took its lock away: then another file than ours bears the name, or none
+            if not _taken(file) or not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                raise self._occupied()
+            self._lock = file
+            try:
+                self._check_again()
+                yield
+            finally:
+                self._lock = None
 
     def begin(self) -> bool:
         """Start, or go on with, a run; True if there was one.  Raises CheckpointError where `out` is something else."""
         if self._stale:
             for path in [*self.folder.parent.iterdir(), *self.folder.iterdir()]:
-                if path not in (self.folder, self.renamed):
+                if path not in (self.folder, self.renamed, self.folder / LOCK):
                     _remove(path)
             self._stale = False
-        started = self.folder / "run.json"
+        started = self.folder / STARTED
         if started.exists():
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
-        commit_text(started, json.dumps({"fingerprint": self._fingerprint}))
+        commit_text(started, json.dumps({"fingerprint": self._fingerprint, "weights": self._weights}))
         return False
 
     def check(self, *, fresh: bool = False) -> None:
-        """Refuse an output that is neither new nor an unfinished run of the same recipe.  Writes nothing; with
-        `fresh` an unfinished run of whatever recipe is forgotten once this one begins."""
+        """Refuse an output that is neither new nor an unfinished run of the same recipe, or in which a run is at work.
+        Writes nothing; with `fresh` an unfinished run of whatever recipe is forgotten once this one begins."""
         out = self.folder.parent
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
-        started = self.folder / "run.json"
-        if not started.is_file():
+        if self._lock is None and _locks() and (self.folder / LOCK).is_file():
+            with (self.folder / LOCK).open("rb+") as file:
+                if not _taken(file):
+                    raise self._occupied()
+        if not (self.folder / STARTED).is_file():
             if out.is_dir() and [path.name for path in out.iterdir()] == [FOLDER]:
                 return  # stopped before the run began, while the checkpoint was being renamed
             raise CheckpointError(f"{out} exists and holds no unfinished run; choose another folder or remove it")
-        if fresh:
-            self._stale = True
-        elif json.loads(started.read_text())["fingerprint"] != self._fingerprint:
+        self._stale = fresh
+        self._compare("fingerprint", self._fingerprint)
+
+    def check_weights(self, digest: str) -> None:
+        """Refuse to go on with other weights than those that the run began with, which only the `digest` of all of them
+        may tell."""
+        self._weights = digest
+        if (self.folder / STARTED).is_file():
+            self._compare("weights", digest)
+
+    def _compare(self, what: str, ours: str) -> None:
+        if self._stale:
+            return
+        started = self.folder / STARTED
+        with reading(started):
+            theirs = json.loads(started.read_text(encoding="utf-8"))[what]
+        if theirs != ours:
             raise CheckpointError(
-                f"{out} holds an unfinished run of another recipe; go on with that one, choose another folder, "
-                "or start over with --fresh"
+                f"{self.folder.parent} holds an unfinished run of another recipe, model or text; go on with that one, "
+                "choose another folder, or start over with --fresh"
             )
+
+    def _check_again(self) -> None:
+        """What was checked may have changed until the lock was taken."""
+        try:
+            self.check(fresh=self._stale)
+            if self._weights is not None:
+                self.check_weights(self._weights)
+        except CheckpointError:
+            if [path.name for path in self.folder.iterdir()] == [LOCK]:  # made for the lock alone
+                shutil.rmtree(self.folder)
+            raise
+
+    def _occupied(self) -> CheckpointError:
+        out = self.folder.parent
+        return CheckpointError(
+            f"{out}: another run is at work in it; let that one end, stop it, or choose another folder"
+        )
 
     def has(self, unit: str) -> bool:
         return (self.folder / unit).exists()
@@ -101,13 +180,15 @@ class Journal:
         commit_text(self._place(unit), json.dumps(value))
 
     def read_json(self, unit: str) -> Any:
-        return json.loads((self.folder / unit).read_text())
+        with reading(self.folder / unit):
+            return json.loads((self.folder / unit).read_text(encoding="utf-8"))
 
     def write_tensors(self, unit: str, tensors: Mapping[str, Tensor]) -> None:
         commit_tensors(self._place(unit), tensors)
 
     def read_tensors(self, unit: str) -> dict[str, Tensor]:
-        return read_tensors(self.folder / unit)
+        with reading(self.folder / unit):
+            return read_tensors(self.folder / unit)
 
     def finish(self) -> None:
         """The output is complete: forget the units."""
@@ -115,14 +196,41 @@ class Journal:
             torn.unlink()
         _sync_folder(self.folder.parent)
         for path in self.folder.iterdir():
-            if path.name != "run.json":  # what says that the run is unfinished goes last
+            if path.name not in (STARTED, LOCK):  # what says that the run is unfinished goes last
                 _remove(path)
-        shutil.rmtree(self.folder)
+        gone = self.folder.with_name(f"{FOLDER}.done")  # in one stroke, so that nobody meets a half of it
+        self.folder.rename(gone)
+        if self._lock is not None:
+            self._lock.close()  # some network file systems keep the folder of an open file
+        shutil.rmtree(gone)
 
     def _place(self, unit: str) -> Path:
         path = self.folder / unit
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def clear_unbegun(out: Path) -> None:
+    """Remove an output in which no run has begun: if anything, weights were renamed there in vain."""
+    inside = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if inside == [FOLDER] and not any((out / FOLDER / name).exists() for name in (STARTED, LOCK)):
+        shutil.rmtree(out)
+
+
+def _locks() -> bool:
+    """Whether this process has to take the lock of a run."""
+    return fcntl is not None and os.environ.get("RANK", "0") == "0"
+
+
+def _taken(file: IO[bytes]) -> bool:
+    """Take the lock on a file, which lasts until the file is closed; False if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

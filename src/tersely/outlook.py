@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tersely import temper
-from tersely.anatomy import Anatomy, Site
+from tersely.anatomy import Anatomy, Kept, Site
 from tersely.checkpoint import Source
 from tersely.convert import attention_settings
 from tersely.errors import AnatomyError, RecipeError
@@ -22,6 +22,7 @@ from tersely.steps.compressing import budget_bytes, check_stream, targets_of, un
 from tersely.steps.outside import check_outside
 from tersely.steps.training import settings_of
 from tersely.tables import build_allocator
+from tersely.train.relax.adapter import shape_of
 from tersely.train.relax.full import Full, refuse_shared
 
 
@@ -84,7 +85,10 @@ class Outlook:
         plain = [sites[name] for name in places if name in sites]
         packed = [n for n in places if n not in sites and not any(site.startswith(f"{n}.") for site in sites)]
         shapes = [(site.out_features, site.in_features) for site in plain]
-        built.check(shapes, len(places) - len(plain), len(packed), step.bits)
+        changed = [name for name in places if name not in sites]
+        began = self._source.skeleton() if changed else None
+        kinds = [shape_of(began.get_submodule(name)) for name in changed] if began is not None else []
+        built.check(shapes, kinds, len(packed), step.bits)
         if isinstance(built, Full) and self._shared.intersection(places):
             refuse_shared(self._source.dtype)
         for factor in getattr(built, "factors", ()):
@@ -145,10 +149,13 @@ class Outlook:
 
         kept = tuple(u for u in self._anatomy.units if all(s.name not in chosen for s in u.sites.values()))
         gone = [site for site in self._anatomy.outside if site.name in chosen]
+        sealed = [site for site in self._anatomy.sites if site.name in chosen and not leaves]
+        reason = f"compressed by an earlier step, {name}"
         self._anatomy = replace(
             self._anatomy,
             sites=tuple(after()),
             units=kept,
+            kept=(*self._anatomy.kept, *(Kept(s.name, (s.out_features, s.in_features), reason) for s in sealed)),
             table=None if any(site.role == "embeddings" for site in gone) else self._anatomy.table,
             output=None if any(site.role == "head" for site in gone) else self._anatomy.output,
             unfit=dict(self._anatomy.unfit) | self._unfit(gone, name),

@@ -16,25 +16,25 @@ import torch
 from tersely.anatomy import Site, anatomy_of, model_class, needs_first_token
 from tersely.checkpoint import (
     Source,
-    load_with_report,
+    check_finite,
     locate,
     open_source,
     read_config,
     read_headers,
     read_tokenizer,
-    refuse_missing,
     write_model,
 )
-from tersely.deltas.folder import base_record, open_delta, write_delta
-from tersely.errors import RecipeError, TerselyError
+from tersely.deltas.folder import open_delta, write_delta
+from tersely.errors import RecipeError
 from tersely.evaluation import evaluate as measure
 from tersely.evaluation import protocol_named
 from tersely.job import Clock, PartProgress, Progress, most
-from tersely.journal import Journal, commit_text
+from tersely.journal import Journal, commit_text, reading
 from tersely.kinds import LinearKind
 from tersely.memory import peak_memory
+from tersely.opening import load_with_report
 from tersely.prepare import Prepared, check_device, prepare
-from tersely.recipe import Calibration, MethodStep, Step, parse_size, plain_step, read_recipe, recipe_from, verb_of
+from tersely.recipe import Calibration, MethodStep, Step, parse_size, plain_step, recipe_from, verb_of
 from tersely.report.card import model_card
 from tersely.report.page import page
 from tersely.report.rows import Report, Row, size_rows
@@ -123,16 +123,15 @@ def load(
     """Open a folder or hub model with the class that its configuration names.
 
     `trust_remote_code` accepts a folder that brings its own code; that code is not run, the library's class is used.
-    Raises CheckpointError where weights are missing, which would be random numbers.
+    Raises CheckpointError where weights are damaged, missing, of another shape or not finite.
     """
     folder = locate(str(model))
     check_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise RecipeError(f"dtype {dtype!r}; wanted auto, float32, float16 or bfloat16")
     config = read_config(folder, trust_remote_code=trust_remote_code)
-    found, report = load_with_report(folder, model_class(config), dtype=dtype)
-    if base_record(config) is None:  # a delta borrows what it lacks
-        refuse_missing(folder, report)
+    found, _ = load_with_report(folder, model_class(config), dtype=dtype)
+    check_finite(folder, found.state_dict())
     model_on_cpu: Any = found
     return model_on_cpu.to(device)
 
@@ -198,27 +197,13 @@ def evaluate(
     )
 
 
-def recorded_base(model: str) -> str | None:
-    """The local folder that a compressed folder was made from, if it is still there and still holds the same model."""
-    recipe = Path(model) / "recipe.toml"
-    if not recipe.is_file():
-        return None
-    asked, report = read_recipe(recipe), json.loads((Path(model) / "report.json").read_text(encoding="utf-8"))
-    if not Path(asked.model).is_dir():
-        return None
-    try:
-        found = open_source(Path(asked.model), dtype=asked.dtype).check_weights()
-    except TerselyError:
-        return None
-    return asked.model if found == report["base_sha256"] else None
-
-
 def run(prepared: Prepared, *, statistics: Path | None = None, progress: Progress = quiet) -> Result:
-    """Do what was prepared.  Interrupted at any moment, the same call goes on and ends with the same bytes.
+    """Do what was prepared.  Interrupted at any moment, the same call goes on and ends with the same bytes.  Raises
+    CheckpointError where another run is at work in the same folder.
 
     `statistics`: a folder that keeps statistics of dense models between runs.
     """
-    with _full_precision():
+    with prepared.journal.alone(), _full_precision():
         return _run(prepared, statistics, progress)
 
 
@@ -248,6 +233,9 @@ def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Res
         results.append(done)
         if not (target / "config.json").exists():  # written last: with it the step is done
             _write(target, source, step, done, parse_size(recipe.shard_size))
+        with reading(target):
+            read_config(target, trust_remote_code=recipe.trust_remote_code)
+            read_headers(target)
         if done.base is None:
             source = open_source(target, trust_remote_code=recipe.trust_remote_code)
         else:

@@ -107,11 +107,7 @@ def seek_plan(job: Job, ceiling: float) -> Sought:
     dense = sum(target.dense_bytes(job.source.dtype.itemsize) for target in job.targets)
     with clock("measure"):
         of_dense = _perplexity(job, blocks, laboratory, Plan(dense, {}))
-    if of_dense >= ceiling:
-        raise RecipeError(
-            f"perplexity {ceiling:g}: the dense model itself has {of_dense:.4g} on {laboratory.windows} calibration "
-            "windows; ask for more than that"
-        )
+    _require_below(ceiling, of_dense, laboratory)
     curves, measures = _known(job, blocks, clock, laboratory)
     plan, found = job.allocator.divide(curves, dense, measures), of_dense
     failing, holding = 0, GRID
@@ -135,6 +131,19 @@ def seek_plan(job: Job, ceiling: float) -> Sought:
     sought = Sought(found, of_dense, laboratory.windows, dict(clock.seconds), clock.peaks)
     job.journal.write_json("sought.json", asdict(sought))
     return sought
+
+
+def check_ceiling(ceiling: float, laboratory: Laboratory) -> None:
+    """Raises RecipeError where the perplexity of the dense model is not below the ceiling; nothing is written."""
+    _require_below(ceiling, laboratory.dense_perplexity, laboratory)
+
+
+def _require_below(ceiling: float, of_dense: float, laboratory: Laboratory) -> None:
+    if of_dense >= ceiling:
+        raise RecipeError(
+            f"perplexity {ceiling:g}: the dense model itself has {of_dense:.4g} on {laboratory.windows} calibration "
+            "windows; ask for more than that"
+        )
 
 
 def _perplexity(job: Job, blocks: Blocks, laboratory: Laboratory, plan: Plan) -> float:

@@ -22,26 +22,32 @@ from tersely.calibrate import Windows, read_windows
 from tersely.checkpoint import (
     ForeignNamesError,
     Source,
+    carried_files,
     locate,
     open_source,
     outline,
     read_config,
+    read_headers,
     read_tokenizer,
-    rewrite_names,
+    require_weights,
 )
+from tersely.destination import check_folder
 from tersely.errors import CheckpointError, RecipeError, TerselyError
 from tersely.evaluation.perplexity import cut, require_causal
 from tersely.gating import require_windows
 from tersely.gradients import require_head
-from tersely.journal import Journal
+from tersely.journal import STARTED, Journal, clear_unbegun, reading
+from tersely.opening import rewrite_names
 from tersely.outlook import Outlook
-from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe, Step, TrainStep
+from tersely.planning import check_ceiling
+from tersely.recipe import CacheStep, Calibration, MethodStep, Recipe, RewriteStep, Step, TrainStep
 from tersely.refine import Refining
+from tersely.sensitivity import Laboratory
 from tersely.settings import Refinement
 from tersely.stats import Drift, Gram, Statistic, WindowFactors, keyed_by
 from tersely.stats.windows import KEPT
 from tersely.steps.compressing import OVERHEAD, OVERHEAD_PER_SITE, base_of, budget_bytes, spills, targets_of
-from tersely.tables import build, build_allocator
+from tersely.tables import build, build_allocator, settled
 from tersely.targets import Target
 from tersely.text import read_text, window_length
 from tersely.train.data import hold_out
@@ -51,6 +57,12 @@ if TYPE_CHECKING:
 
 ALL_WINDOWS = 2**31
 """As many windows as a text has."""
+
+LOADED = ("config.json", "*.index.json", "*.safetensors", "*.bin")
+"""Files of a model that it is loaded from; others are carried along, or of no interest."""
+
+WHOLE, PIECE, PIECES = 2**26, 2**16, 64
+"""Bytes of a file up to which `known_by` reads all of it; above, so many pieces of that size."""
 
 PREDICTIONS = ("kl", "loss")
 """What allocators measure on the model's predictions."""
@@ -101,12 +113,15 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     """Check a recipe against names, configuration and headers; no tensor is read.
 
     A checkpoint whose tensors do not bear the modules' names is first loaded and stored in the folder `rewritten` (see
-    `checkpoint.rewrite_names`); nothing else is written.  With None it is not: the configuration then says what the
+    `opening.rewrite_names`); nothing else is written.  With None it is not: the configuration then says what the
     headers cannot, and of a hub model no weight is downloaded.
     """
+    recipe = settled(recipe)
     objects = tuple(build(step) for step in recipe.step)
     check_device(recipe.device)
     folder = locate(recipe.model, recipe.revision, weights=rewritten is not None)
+    if rewritten is not None or Path(recipe.model).expanduser().is_dir():
+        require_weights(folder)
     source = _open(folder, recipe, rewritten)
     anatomy = anatomy_of(source.skeleton())
     outlook = Outlook(anatomy, source)
@@ -132,31 +147,29 @@ def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
 
     Nothing is written, except inside `out` for a checkpoint whose tensors must be renamed (see `examine`).
     """
+    check_folder(out)
     was_there = out.exists()
     try:
         return _prepare(recipe, out, fresh)
     except TerselyError:
         if not was_there:
-            shutil.rmtree(out, ignore_errors=True)  # weights renamed in vain
+            clear_unbegun(out)
         raise
 
 
 def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
+    recipe = settled(recipe)
     folder = locate(recipe.model, recipe.revision)
     config = read_config(folder, trust_remote_code=recipe.trust_remote_code)
     tokenizer = read_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
     if out.exists() and out.resolve() == folder.resolve():
         raise CheckpointError(f"{out} is the model itself; choose another folder for the result")
-    above = next(place for place in out.absolute().parents if place.exists())
-    if not above.is_dir():
-        raise CheckpointError(f"{out}: {above} is a file; choose another place")
     objects = [build(step) for step in recipe.step]
     calibrated = reads_inputs(recipe, objects) or recipe.calibration.source != ["stdlib"]
-    asked = [*(recipe.calibration.source if calibrated else ()), *(t for s in trained(recipe) for t in s)]
-    texts = [read_text(source, "calibration").sha256 for source in asked]
-    bases = [locate(step.base) for step in recipe.step if isinstance(step, MethodStep) and step.base is not None]
-    journal = Journal(out, identity(recipe, [folder, *bases], texts))
+    journal = Journal(out, identity(recipe, folder, calibrated=calibrated))
     journal.check(fresh=fresh)
+    if fresh:
+        shutil.rmtree(journal.renamed, ignore_errors=True)
     found = examine(recipe, journal.renamed)
     _check_evaluation(recipe, tokenizer, found)
     windows, warnings = None, list(found.source.warnings())
@@ -194,7 +207,13 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
             Refining(step.refine, text.tokens, recipe.seed)
     _check_disk(out, found.disk_bytes)
     digest = found.source.check_weights()
-    resolved = _resolved(recipe, found.objects, found.source, windows)
+    journal.check_weights(digest)
+    first = recipe.step[0]
+    if isinstance(first, MethodStep) and first.perplexity is not None and (fresh or not journal.has(STARTED)):
+        assert windows is not None  # text is read for every perplexity that is looked for
+        laboratory = Laboratory(found.source, found.anatomy, windows.tokens, recipe.device, journal, None, "loss")
+        check_ceiling(first.perplexity, laboratory)
+    resolved = _resolved(recipe, found.objects, found.source, windows, texts_of)
     return Prepared(
         resolved,
         out,
@@ -299,15 +318,65 @@ def statistic_bytes(kind: type[Statistic], site: Site, length: int) -> int:
     return sum(tensor.nbytes for tensor in kind(width, "meta").state().values()) + open_window
 
 
-def identity(recipe: Recipe, folders: Sequence[Path], texts: Sequence[str]) -> str:
-    """What a run is a run of: release, recipe, checksums of its texts, the files of its models by name, size, time of
-    change."""
-    files = [
-        sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file())
-        for folder in folders
-    ]
-    what = (importlib.metadata.version("tersely"), recipe.fingerprint(), list(texts), files)
+def identity(recipe: Recipe, folder: Path, *, calibrated: bool) -> str:
+    """What a run is a run of: the release, and the recipe with contents in the place of names.
+
+    `folder`: of the model; `calibrated`: whether the calibration texts are read.  Where a model or a text lies, how its
+    path is written and when it was last touched do not count.
+    """
+    texts = [[_checksum_of(text) for text in sources] for sources in trained(recipe)]
+    steps = [_by_content(step, read) for step, read in zip(recipe.step, texts, strict=True)]
+    source = recipe.calibration.source
+    calibration = replace(recipe.calibration, source=[_checksum_of(t) for t in source] if calibrated else source)
+    said = replace(recipe, model=known_by(folder), revision=None, step=steps, calibration=calibration)
+    what = (importlib.metadata.version("tersely"), said.fingerprint())
     return hashlib.sha256(repr(what).encode()).hexdigest()
+
+
+def _by_content(step: Step, texts: list[str]) -> Step:
+    """A step with the checksums of the texts that it trains on, and what its other checkpoint is known by."""
+    if isinstance(step, TrainStep):
+        return replace(step, text=texts)
+    if isinstance(step, RewriteStep):
+        named = step.options.get("adapter")
+        adapter = Path(named).expanduser() if isinstance(named, str) and named else None
+        known = {} if adapter is None or not adapter.is_dir() else {"adapter": known_by(adapter)}
+        return replace(step, options=step.options | known)
+    if not isinstance(step, MethodStep):
+        return step
+    refine = None if step.refine is None else replace(step.refine, text=texts)
+    # the output records where the base lies
+    base = None if step.base is None else f"{(place := locate(step.base)).resolve()} {known_by(place)}"
+    return replace(step, refine=refine, base=base)
+
+
+def _checksum_of(text: str) -> str:
+    return read_text(text, "calibration").sha256
+
+
+def known_by(folder: Path) -> str:
+    """Checksum of what tells a model from others: of the files that matter names, sizes, and contents, of large ones
+    the beginning, where headers are, the end, and pieces in between.
+
+    All of the weights are read once for `Source.check_weights`, whose checksum the journal compares as well; reading
+    them all a second time, before, would double what taking up a run of a large model costs.  The pieces refuse
+    another model at once, and tell bases and checkpoints with foreign names, of which nothing else is compared: no two
+    trainings end with the same ones, and pickled files list the checksums of their tensors at the end.
+    """
+    names = {path.name for path in carried_files(folder)}
+    names |= {path.name for pattern in LOADED for path in folder.glob(pattern) if path.is_file()}
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        size = (folder / name).stat().st_size
+        digest.update(f"{name} {size}\n".encode())
+        with (folder / name).open("rb") as file:
+            if size <= WHOLE:
+                digest.update(file.read())
+                continue
+            for number in range(PIECES):
+                file.seek(number * (size - PIECE) // (PIECES - 1))
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()
 
 
 def _open(folder: Path, recipe: Recipe, rewritten: Path | None) -> Source:
@@ -321,6 +390,8 @@ def _open(folder: Path, recipe: Recipe, rewritten: Path | None) -> Source:
             shutil.rmtree(rewritten, ignore_errors=True)
             _check_disk(rewritten, outline(folder, dtype=dtype, trust_remote_code=trust).nbytes())
             rewrite_names(folder, rewritten, trust_remote_code=trust)
+        with reading(rewritten):
+            read_headers(rewritten)
         source = open_source(rewritten, dtype=dtype, trust_remote_code=trust)
         source.carried_from = folder
         return source
@@ -343,12 +414,19 @@ def _check_evaluation(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", foun
         )
 
 
-def _resolved(recipe: Recipe, objects: Sequence[Any], source: Source, windows: Windows | None) -> Recipe:
-    """The recipe with every default that took effect written out."""
+def _resolved(
+    recipe: Recipe, objects: Sequence[Any], source: Source, windows: Windows | None, texts: Mapping[int, Windows]
+) -> Recipe:
+    """The recipe with every default that took effect written out, and of windows as many as there were."""
     steps = [replace(step, options=asdict(built)) for step, built in zip(recipe.step, objects, strict=True)]
+    for number, step in enumerate(steps):
+        if isinstance(step, MethodStep) and step.refine is not None:
+            # said, or another text than that of calibration would be cut down to its number when this is run again
+            steps[number] = replace(step, refine=replace(step.refine, samples=len(texts[number].tokens)))
     calibration: Calibration = recipe.calibration
     if windows is not None:
-        calibration = replace(calibration, length=windows.tokens.shape[1])
+        samples, length = windows.tokens.shape
+        calibration = replace(calibration, samples=samples, length=length)
     return replace(recipe, step=steps, calibration=calibration, dtype=str(source.dtype).removeprefix("torch."))  # type: ignore[arg-type]
 
 

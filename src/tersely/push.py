@@ -25,6 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from tersely.checkpoint import TOKENIZER_FILES
 from tersely.errors import CheckpointError, RecipeError
+from tersely.report.reading import read_report
 from tersely.verify import CHECKSUMS, LOADED, Check, verify
 
 NEEDED = ("README.md", "config.json", "recipe.toml", "report.json")
@@ -86,6 +87,7 @@ def pack(folder: Path, repo: str, seen: Callable[[Check], object] = lambda check
             f"{folder}: {CHECKSUMS} does not list {', '.join(lacking)}; a recording was stopped, give "
             f"`tersely eval {folder} --card` again"
         )
+    read_report(folder)
     names = sorted([*listed, CHECKSUMS])
     absolute, relative = _paths(folder, names)
     return Parcel(
@@ -212,7 +214,11 @@ def _paths(folder: Path, names: Iterable[str]) -> tuple[Found, Found]:
     absolute: set[str] = set()
     relative: set[str] = set()
     for name, content in read.items():
-        for value in _strings(name, content):
+        try:
+            values = list(_strings(name, content))
+        except ValueError as error:
+            raise CheckpointError(f"{folder / name}: damaged ({error}); fetch or write it again") from error
+        for value in values:
             if _WHOLE.fullmatch(value):
                 # what came with the model may name places of its makers, which are known already
                 if name in OURS or Path(value).expanduser().exists():

@@ -30,7 +30,7 @@ import tomli_w
 from pydantic import ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
 
 from tersely.errors import RecipeError, unknown
-from tersely.settings import Calibration, Evaluation, Refinement
+from tersely.settings import Calibration, Evaluation, Refinement, check_seed
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class MethodStep:
     allocate: str = "greedy"
     """How the budget is divided among the sites: name in the table of allocators."""
 
-    propagate: Literal["none", "block", "input"] = "block"
+    propagate: Literal["none", "block", "input"] | None = None
     """Inputs that a site is fitted to: the dense model's, those behind compressed blocks, or also behind the compressed
-    sites of its own block."""
+    sites of its own block.  By default "block", or what the method can do alone."""
 
     on_failure: Literal["raise", "dense"] = "raise"
     """What to do where a site fails: stop, or leave it dense and report it as degraded."""
@@ -299,8 +299,7 @@ class Recipe:
     """Largest safetensors file of the output."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise RecipeError(f"seed = {self.seed}; wanted 0 or more, below 2^63")
+        check_seed("seed =", self.seed)
         if not self.step:
             raise RecipeError("a recipe without a step does nothing; add a [[step]]")
         if any(isinstance(step, MethodStep) and step.base is not None for step in self.step[:-1]):

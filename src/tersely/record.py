@@ -14,12 +14,13 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from tersely.checkpoint import LICENCE_FIELDS
+from tersely.destination import check_file
 from tersely.errors import CheckpointError
 from tersely.journal import commit_text
 from tersely.report.card import model_card
 from tersely.report.naming import place_of
 from tersely.report.page import page
-from tersely.report.reading import protocol_of
+from tersely.report.reading import protocol_of, read_report
 from tersely.report.rows import Report, Row, SiteRow
 from tersely.verify import CHECKSUMS, verify
 
@@ -32,11 +33,13 @@ RECORDED = (CARD, "report.html", "report.json")
 
 def check_recordable(folder: Path) -> None:
     """Raises CheckpointError for a folder that tersely did not write, did not finish, or that was changed since: what
-    is measured of it would be recorded beside checksums of something else."""
+    is measured of it would be recorded beside checksums of something else.  RecipeError where
+    nothing may be written."""
     checksums = next(verify(folder))
     if not checksums.passed:
         raise CheckpointError(f"{folder}: {checksums.detail}; what is measured of it is not recorded in it")
     _read_report(folder)
+    check_file(folder / CARD, "--card")
 
 
 def record(folder: Path, figures: Json) -> None:
@@ -84,10 +87,10 @@ def _asked(task: Json) -> tuple[Any, ...]:
 
 def _read_report(folder: Path) -> Report:
     try:
-        plain = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        plain = read_report(folder)
         rows, sites = ([kind(**row) for row in plain[key]] for kind, key in ((Row, "rows"), (SiteRow, "sites")))
         return Report(**plain | {"rows": rows, "sites": sites})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / 'report.json'}: not the report of this release ({error}); nothing can be added to it"
         ) from error

@@ -38,10 +38,11 @@ from torch.nn.functional import cosine_similarity
 from tersely.allocate import Measured
 from tersely.anatomy import Anatomy, model_class
 from tersely.calibrate import Blocks, Replay, StatisticsStore, watch_list
-from tersely.checkpoint import Source, load_with_report
+from tersely.checkpoint import Source
 from tersely.errors import NumericalError, RecipeError
-from tersely.journal import Journal, commit_text
+from tersely.journal import Journal, commit_text, reading
 from tersely.kinds import Kind, dense_weight, link
+from tersely.opening import load_with_report
 from tersely.option import Amount, Option
 from tersely.predictions import Predictions, divergence
 from tersely.stats import Peaks, Stats
@@ -124,6 +125,11 @@ class Laboratory:
     def windows(self) -> int:
         """How many are read for a measurement."""
         return len(self._windows)
+
+    @property
+    def dense_perplexity(self) -> float:
+        """Of those windows, measured now and remembered nowhere."""
+        return math.exp(self._dense_loss)
 
     def loss(
         self, done: Sequence[tuple[Target, Amount]], said: str, make: Callable[[], Mapping[str, nn.Module]]
@@ -267,7 +273,9 @@ def remembered(
             if not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 commit_text(place, json.dumps(measure()))
-            journal.write_json(unit, json.loads(place.read_text(encoding="utf-8")))
+            with reading(place, shared=True):
+                known = json.loads(place.read_text(encoding="utf-8"))
+            journal.write_json(unit, known)
     return journal.read_json(unit)
 
 

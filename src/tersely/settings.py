@@ -9,6 +9,12 @@ from pydantic import ConfigDict
 from tersely.errors import RecipeError
 
 
+def check_seed(said: str, seed: int) -> None:
+    """Raises RecipeError for a number that no generator takes; `said` is how it was given."""
+    if not 0 <= seed < 2**63:
+        raise RecipeError(f"{said} {seed}; wanted 0 or more, below 2^63")
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The text that shows what inputs look like."""

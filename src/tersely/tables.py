@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,7 +12,7 @@ from tersely.cache import CACHES
 from tersely.convert import CONVERSIONS
 from tersely.errors import RecipeError, unknown
 from tersely.methods import METHODS, UNIT_METHODS
-from tersely.recipe import STEPS, Step, verb_of
+from tersely.recipe import STEPS, MethodStep, Recipe, Step, verb_of
 from tersely.rewrite import REWRITES
 from tersely.train.objectives import OBJECTIVES
 from tersely.train.relax import RELAXATIONS
@@ -65,6 +65,17 @@ def build_entry(verb: str, name: str, options: Mapping[str, Any]) -> Any:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise RecipeError(f"{noun} {name}: {place}: {first['msg']} (came: {first.get('input')!r})") from error
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with every `propagate` said: of a step that leaves it open the method's own, if it has one."""
+    return replace(recipe, step=[_settled(step) for step in recipe.step])
+
+
+def _settled(step: Step) -> Step:
+    if not isinstance(step, MethodStep) or step.propagate is not None:
+        return step
+    return replace(step, propagate=getattr(TABLES["method"].get(step.method), "usual_propagate", "block"))
 
 
 def build_allocator(name: str) -> Allocator:

@@ -30,6 +30,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +62,8 @@ DATASETS = {
     "c4": ("allenai/c4", "en", "text", "validation"),
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "test"),
 }
+PATIENCE = 10.0
+"""Seconds in which the hub has to answer."""
 MOST_OF_A_DATASET = 64 * 10**6
 """Characters after which a dataset is read no further: C4 alone would be 300 GB."""
 FIRST_SHARD = {"c4": "en/c4-validation.00000-of-00008.json.gz"}
@@ -382,39 +385,61 @@ def _dataset(
     configuration = rest[0] or configuration if rest else configuration
     split = rest[1] if len(rest) > 1 else "train" if purpose == "calibration" else usual or evaluated
     documents, characters = [], 0
-    revision = _revision(path, pinned or None)
+    revision, out_of_reach = _revision(path, pinned or None)
     asked: dict[str, object] = {} if revision is None else {"revision": revision}
     if whole and split == "validation" and first in FIRST_SHARD:
         configuration, asked["data_files"] = None, {split: FIRST_SHARD[first]}
     try:
-        for record in datasets.load_dataset(path, configuration, split=split, streaming=True, **asked):
-            if column not in record:
-                raise RecipeError(f"dataset {name!r} has no column {column!r}; its columns: {', '.join(record)}")
-            if not isinstance(record[column], str):
-                raise RecipeError(f"dataset {name!r}: a record without text in {column!r}; filter such records out")
-            documents.append(record[column])
-            characters += len(record[column])
-            if characters > MOST_OF_A_DATASET and not whole:
-                break
+        with nullcontext() if out_of_reach is None else _without_the_hub():
+            for record in datasets.load_dataset(path, configuration, split=split, streaming=True, **asked):
+                if column not in record:
+                    raise RecipeError(f"dataset {name!r} has no column {column!r}; its columns: {', '.join(record)}")
+                if not isinstance(record[column], str):
+                    raise RecipeError(f"dataset {name!r}: a record without text in {column!r}; filter such records out")
+                documents.append(record[column])
+                characters += len(record[column])
+                if characters > MOST_OF_A_DATASET and not whole:
+                    break
     except RecipeError:
         raise
     except Exception as error:  # the library raises a dozen kinds, network failures among them
+        if out_of_reach is not None:
+            raise RecipeError(
+                f"text {name!r}: no file, and as a dataset it lies nowhere here, while the hub is out of reach "
+                f"({out_of_reach}); connect, or give a file, or stdlib, which needs no network"
+            ) from error
         reason = str(error).strip().partition("\n")[0]
         raise RecipeError(f"text {name!r}: neither a file nor a dataset that can be loaded ({reason})") from error
     return tuple(documents), split, revision
 
 
-def _revision(path: str, pinned: str | None) -> str | None:
-    """The commit of a dataset on the hub; what was asked for, where the hub cannot be reached or `path` is a folder."""
+def _revision(path: str, pinned: str | None) -> tuple[str | None, str | None]:
+    """The commit of a dataset on the hub, or what was asked for where the hub does not say it or `path` is a folder;
+    and why the hub cannot be reached, None where it can or is not needed."""
     if Path(path).exists():
-        return pinned
+        return pinned, None
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().dataset_info(path, revision=pinned).sha
-    except Exception as error:  # as below, and whether the dataset itself can be had is found out by reading it
+        return HfApi().dataset_info(path, revision=pinned, timeout=PATIENCE).sha, None
+    except Exception as error:  # as above, and whether the dataset itself can be had is found out by reading it
         logger.info("no revision of dataset %s: %s", path, error)
-        return pinned
+        answered = isinstance(error, ValueError) or getattr(error, "response", None) is not None
+        return pinned, None if answered else str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def _without_the_hub() -> Iterator[None]:
+    """What HF_HUB_OFFLINE does: copies that lie here are read, and nobody is asked six times, with pauses, for more."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _encodable(text: str) -> bool:

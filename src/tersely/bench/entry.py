@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tersely.errors import RecipeError
 from tersely.recipe import STEPS, Calibration, MethodStep, Recipe, Step, plain_step, recipe_from
 from tersely.report.naming import way
-from tersely.tables import verb_for
+from tersely.tables import settled, verb_for
 
 Group = Literal["untrained", "trained", "8-bit factors"]
 
@@ -99,7 +99,7 @@ def entry_of(recipe: Recipe) -> Entry:
     if len(sized) != 1:
         raise RecipeError(f"a recipe with {len(sized)} steps that have a keep; a size can be asked of exactly one step")
     (number,) = sized
-    step, plain = recipe.step[number], [_plain(step) for step in recipe.step]
+    step, plain = recipe.step[number], [_plain(step) for step in settled(recipe).step]
     said = plain[number]
     kept = {key: value for key, value in said.items() if key not in (*STEPS, "keep", "allocate", "propagate")}
     before, after = tuple(plain[:number]), tuple(plain[number + 1 :])

@@ -30,6 +30,7 @@ from tersely.bench.entry import Entry, Setting, trains
 from tersely.bench.peers import Dequantized, Peer, dequantized
 from tersely.calibrate import read_windows
 from tersely.checkpoint import locate, read_config, read_tokenizer
+from tersely.destination import check_file, check_folder
 from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
 from tersely.evaluation import Peak, Recalled, Windows, cut, folder_bytes, measure_windows, peak_within
 from tersely.job import Progress
@@ -117,8 +118,9 @@ def run_bench(
 def check_bench(bench: Bench, file: Path, command: str) -> None:
     """Raises TerselyError for whatever would stop a bench or leave it without any row; reads headers and texts, writes
     nothing."""
-    if not file.absolute().parent.is_dir():
-        raise RecipeError(f"{file}: no such folder; make it first")
+    check_file(file, "--json")
+    check_file(file.with_suffix(".md"))
+    check_folder(file.with_suffix(".work"))
     rows_so_far(file, command)
     folder = locate(bench.model, weights=False)
     config, tokenizer = read_config(folder), read_tokenizer(folder)
@@ -290,12 +292,14 @@ def rows_so_far(file: Path, command: str) -> list[Row]:
     """The rows of a bench that was stopped.  Raises RecipeError if `file` holds those of another one."""
     if not file.exists():
         return []
-    plain = json.loads(file.read_text(encoding="utf-8"))
-    if plain["command"] != command:
-        raise RecipeError(
-            f"{file} holds the rows of another bench ({plain['command']}); choose another file, or remove it"
-        )
-    return list(plain["rows"])
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        theirs, rows = plain["command"], list(plain["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{file} holds no rows of a bench; choose another file, or remove it") from error
+    if theirs != command:
+        raise RecipeError(f"{file} holds the rows of another bench ({theirs}); choose another file, or remove it")
+    return rows
 
 
 def _is_row_of(row: Row, entry: Entry | Peer, size: float | None) -> bool:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
+from tersely.errors import AnatomyError, DamageError, NumericalError, RecipeError, TerselyError
 
 LOOK, MAKE, PROVE, SHIP = "look", "make", "prove", "ship"
 
@@ -162,8 +162,9 @@ def settings(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 def use_threads(count: int | None) -> None:
     if count is None:
         return
-    if count < 1:
-        raise RecipeError(f"--threads {count}; wanted 1 or more")
+    most = os.cpu_count() or 1
+    if not 1 <= count <= most:  # more make nothing faster, and thousands end the process in the libraries
+        raise RecipeError(f"--threads {count}; wanted 1 to {most}, the processors of this machine")
     import torch
 
     torch.set_num_threads(count)
@@ -182,6 +183,8 @@ def working(reached: Callable[[], str] | None = None) -> Iterator[None]:
             how_far = reached() if reached is not None else ""
             where = f" at {how_far}" if how_far else ""
             raise Interrupted(f"interrupted{where}; {_goes_on()}") from error
+        if isinstance(error, DamageError):  # it says itself that nothing can go on
+            raise Interrupted(str(error)) from error
         if isinstance(error, AnatomyError | NumericalError | RecipeError):  # nothing about these is a matter of luck
             raise Interrupted(f"{error}; the same command would end here again, so change it") from error
         what = str(error) if isinstance(error, TerselyError) else f"{type(error).__name__}: {error}"

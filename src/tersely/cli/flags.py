@@ -5,6 +5,15 @@ from typing import Annotated
 
 import typer
 
+from tersely.settings import check_seed
+
+
+def _seed(given: int | None) -> int | None:
+    if given is not None:
+        check_seed("--seed", given)
+    return given
+
+
 Model = Annotated[str, typer.Argument(help="A model folder or a hub name.", show_default=False)]
 Method = Annotated[str | None, typer.Option(help="Name of a method, as `tersely list` shows them.")]
 Keep = Annotated[float | None, typer.Option(help="Bytes of the touched weights, as a fraction of before.")]
@@ -18,7 +27,7 @@ Calibrate = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.")]
 Length = Annotated[int | None, typer.Option(help="Tokens in a window.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything random.", callback=_seed)]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="An option of the method or the step.", metavar="KEY=VALUE…")
 ]

@@ -29,6 +29,7 @@ from tersely.cli.flags import (
     Threads,
     Trust,
 )
+from tersely.destination import check_file
 from tersely.errors import RecipeError, unknown
 
 
@@ -112,13 +113,13 @@ def diagnose(
     for name in asked:
         if name not in DIAGNOSES:
             raise RecipeError(unknown("diagnosis", name, DIAGNOSES))
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise RecipeError(f"--json {json_file}: no such folder; make it first")
+    if json_file is not None:
+        check_file(json_file, "--json")
     found = run(
         model,
         asked,
         text or ["stdlib"],
-        samples=samples or 32,
+        samples=32 if samples is None else samples,
         length=length,
         seed=seed or 0,
         device=device or "cpu",

@@ -1,6 +1,5 @@
 """Commands that make a folder: demo, compress, train, convert."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +33,7 @@ from tersely.cli.flags import (
     Threads,
     Trust,
 )
+from tersely.destination import check_folder
 from tersely.errors import RecipeError
 
 
@@ -166,6 +166,10 @@ def _make(
 ) -> None:
     """Check the recipe, and unless that was all, run it."""
     recipe = asked.recipe(verb)
+    check_folder(out)
+    if statistics is not None:
+        check_folder(statistics, "--statistics")
+    from tersely.journal import clear_unbegun
     from tersely.pipeline import run
     from tersely.prepare import prepare
     from tersely.progress import Reporter
@@ -181,9 +185,9 @@ def _make(
         say(f"warning: {warning}")
     if dry_run:
         if not was_there:
-            shutil.rmtree(out, ignore_errors=True)  # a checkpoint with foreign names was renamed there
+            clear_unbegun(out)  # a checkpoint with foreign names was renamed there
         return
-    with Reporter(is_to_end=is_to_end) as progress, working(progress.reached):
+    with ready.journal.alone(), Reporter(is_to_end=is_to_end) as progress, working(progress.reached):
         result = run(ready, statistics=statistics, progress=progress)
     console.print(outcome_table(result.report))
     console.print(f"written: {result.out}")

@@ -25,6 +25,7 @@ from tersely.cli.flags import (
     Threads,
     Trust,
 )
+from tersely.destination import check_file
 from tersely.errors import RecipeError
 
 
@@ -70,23 +71,30 @@ def eval_(
     from tersely.checkpoint import locate
     from tersely.evaluation import is_task_file
     from tersely.journal import commit_text
-    from tersely.pipeline import evaluate, recorded_base
+    from tersely.origin import dense_model
+    from tersely.pipeline import evaluate
     from tersely.progress import Reporter
     from tersely.record import RECORDED, check_recordable, record
     from tersely.report.console import evaluation_table, plain_table
 
     use_threads(threads)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise RecipeError(f"--json {json_file}: no such folder; make it first")
+    if json_file is not None:
+        check_file(json_file, "--json")
     if card:
         check_recordable(Path(model))
-    if against is None and (against := recorded_base(model)) is not None:
-        say(f"beside the dense model it was made from: {against}")
     # names may be given as one list with commas, as lm-eval takes them
     asked = [one for task in tasks or [] for one in ([task] if is_task_file(task) else task.split(","))]
+    if questions is not None and not asked:
+        raise RecipeError(f"--questions {questions} without --tasks; name tasks, or leave it out")
+    folder = locate(model, revision)
+    if against is None:
+        dense, line = dense_model(folder)
+        against = None if dense is None else str(dense)
+        if line:
+            say(line)
     with Reporter(is_to_end=is_to_end) as progress:
         figures = evaluate(
-            model if revision is None else locate(model, revision),
+            folder,
             text or ([] if speed or asked or prompt else ["stdlib"]),
             against=against,
             length=length,

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
-    tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 64,
+    tokens: Annotated[
+        int | None, typer.Option(help="How many tokens to add; default: 64, fewer where the context ends.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
     seed: Seed = None,
     device: Device = None,

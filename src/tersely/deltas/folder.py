@@ -24,7 +24,6 @@ from tersely.checkpoint import (
     Source,
     Stored,
     carry,
-    load_with_report,
     locate,
     open_source,
     read_config,
@@ -36,6 +35,7 @@ from tersely.hf import manifest_config, read_manifest
 from tersely.journal import commit
 from tersely.kinds import KINDS, LinearKind, Made, Spec
 from tersely.kinds.sum import SumLinear
+from tersely.opening import load_with_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -184,17 +184,14 @@ class LoadedSource(Source):
     def __init__(self, folder: Path, *, dtype: str | None = None) -> None:
         config = read_config(folder)
         with torch.device("cpu"):  # whatever else is being built at the moment, on the meta device
-            model, report = load_with_report(folder, model_class(config), config=config)
-        if report["missing_keys"]:
-            shown = ", ".join(sorted(report["missing_keys"])[:5])
-            raise CheckpointError(f"{folder}: weights are missing for {shown}; the checkpoint is not complete")
+            model, _ = load_with_report(folder, model_class(config), config=config)
         self._state = {
             name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
         }
         stored = {n: Stored(folder / WEIGHTS, n, tuple(t.shape), t.dtype) for n, t in self._state.items()}
         super().__init__(folder, config, stored, model.dtype if dtype is None else getattr(torch, dtype))
 
-    def tensor(self, name: str) -> Tensor:
+    def unchecked(self, name: str) -> Tensor:
         tensor = self._state[name]
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
@@ -228,9 +225,9 @@ class DeltaSource(Source):
                 shape = self.stored[name].shape
                 raise CheckpointError(f"{folder}: {name} has shape {shape}, the manifest wants {tuple(tensor.shape)}")
 
-    def tensor(self, name: str) -> Tensor:
+    def unchecked(self, name: str) -> Tensor:
         if name not in self._loans:
-            return super().tensor(name)
+            return super().unchecked(name)
         tensor = self._loans[name].read(self._base)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 

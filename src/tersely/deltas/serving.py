@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from tersely.anatomy import model_class
-from tersely.checkpoint import Source, load_with_report, read_config, read_headers
+from tersely.checkpoint import Source, read_config, read_headers
 from tersely.deltas.folder import base_record, check_digest, digest, open_any, outermost
 from tersely.errors import CheckpointError, RecipeError, unknown
 from tersely.hf import read_manifest
 from tersely.journal import read_tensors
 from tersely.kinds import LinearKind, Spec, build, replace_modules
 from tersely.kinds.sum import SumLinear
+from tersely.opening import load_with_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

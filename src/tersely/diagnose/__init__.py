@@ -11,10 +11,11 @@ from pathlib import Path
 
 from tersely.anatomy import anatomy_of
 from tersely.calibrate import read_windows
-from tersely.checkpoint import ForeignNamesError, locate, open_source, read_tokenizer, rewrite_names
+from tersely.checkpoint import ForeignNamesError, locate, open_source, read_tokenizer
 from tersely.diagnose import joma, outliers, spectra
 from tersely.diagnose.base import Row, Subject
 from tersely.errors import RecipeError, unknown
+from tersely.opening import rewrite_names
 from tersely.recipe import Calibration
 
 
@@ -63,7 +64,8 @@ def diagnose(
     model.
 
     Raises RecipeError for an unknown diagnosis or a text that cannot be used, NumericalError for numbers that are not
-    finite, CheckpointError and AnatomyError for a folder that cannot be opened.
+    finite, CheckpointError for weights that are not, CheckpointError and AnatomyError for a folder that cannot be
+    opened.
     """
     for name in what:
         if name not in DIAGNOSES:
@@ -76,6 +78,10 @@ def diagnose(
             rewrite_names(folder, Path(renamed))
             source = open_source(Path(renamed), dtype=dtype)
         anatomy = anatomy_of(source.skeleton())
+        inside = tuple(f"{block}." for block in anatomy.blocks)
+        for name in source.stored:
+            if not name.startswith(inside):  # blocks are checked as they are read; the last norm is read by no one
+                source.tensor(name)
         tokenizer = read_tokenizer(folder)
         first_token = tokenizer.bos_token_id if anatomy.needs_first_token else None
         if anatomy.needs_first_token and first_token is None:

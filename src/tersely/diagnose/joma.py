@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tersely.anatomy import FAMILIES, Anatomy, model_class
+from tersely.checkpoint import check_finite
 from tersely.diagnose.base import Row, Subject, row
 from tersely.diagnose.spectra import spectrum
 from tersely.errors import AnatomyError, NumericalError
@@ -137,6 +138,7 @@ def look(subject: Subject) -> list[Row]:
             f"{subject.anatomy.family} models cannot be run with eager attention, which attention measures need "
             f"({str(error).partition(chr(10))[0]})"
         ) from error
+    check_finite(source.folder, opened.state_dict())
     model = opened.to(subject.device).eval()
     rows = []
     for index, (block, heads) in enumerate(zip(subject.anatomy.blocks, watch(model, subject.windows), strict=True)):

@@ -105,8 +105,13 @@ def read_task(source: str, limit: int | None = None) -> Task:
 
 
 def is_task_file(source: str) -> bool:
-    """Whether a task is a file of ours to read, and not a name."""
-    return _parts(source)[1].is_file()
+    """Whether a task is a file of ours to read, and not a name.  Raises RecipeError for the path of no file."""
+    name, file, _ = _parts(source)
+    # a name may end in the number of a version
+    is_path = name is not None or len(file.parts) > 1 or not f"0{file.suffix[1:]}".isdecimal()
+    if is_path and not file.is_file():
+        raise RecipeError(f"task {source!r}: no such file; give a file of questions, or the name of a task of lm-eval")
+    return file.is_file()
 
 
 def _parts(source: str) -> tuple[str | None, Path, str | None]:

@@ -4,14 +4,14 @@ The page in a folder of ours (`page`) holds every number, no plot and no script:
 the library that draws weighs two megabytes.  `whole_page` draws, for one run or for many side by side.
 """
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from tersely.destination import check_file
 from tersely.errors import RecipeError
 from tersely.report import contents
 from tersely.report.comparison import comparison
-from tersely.report.reading import Given, Run, run_of
+from tersely.report.reading import Given, Run, read_json, run_of
 from tersely.report.rendering import render
 from tersely.report.rows import Report
 from tersely.report.verdict import verdict
@@ -43,13 +43,10 @@ def whole_page(given: Given, title: str | None = None) -> str:
 
 def check_place(path: Path) -> None:
     """Raises RecipeError where a page must not be written: over a file that is no page of ours, into a folder whose
-    checksums it would break, or where no folder is."""
-    if not path.absolute().parent.is_dir():
-        raise RecipeError(f"{path}: no such folder; make it first")
-    if path.is_dir():
-        raise RecipeError(f"{path} is a folder; name a file, such as {path / 'page.html'}")
+    checksums it would break, or where none can be written."""
+    check_file(path, "--out")
     sums = path.absolute().parent / "checksums.json"
-    if sums.is_file() and path.name in json.loads(sums.read_text(encoding="utf-8")):
+    if sums.is_file() and path.name in read_json(sums):
         raise RecipeError(f"{path} is a part of that folder, and its checksum is recorded; choose another place")
     if path.exists() and MARK not in path.read_bytes()[:4000]:
         raise RecipeError(f"{path} exists and is no page of tersely; choose another place, or remove it")

@@ -11,10 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from tersely.errors import CheckpointError, RecipeError
 from tersely.report.naming import named
+from tersely.report.rows import Report
 
 Json = Mapping[str, Any]
+
+AGAIN = "it is not as tersely wrote it: fetch it, or write it again"
 
 VERBS = ("method", "rewrite", "cache", "convert", "relax", "train")
 """Keys under which a step has its name."""
@@ -77,6 +82,34 @@ class Given:
     benches: tuple[Benched, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Text:
+    perplexity: float
+    dense_perplexity: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What must be so of an evaluation; there may be more."""
+
+    texts: list[_Text] = field(default_factory=list)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    speed: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Config:
+    quantization_config: _Manifest | None = None
+
+
 def read_given(paths: Sequence[Path]) -> Given:
     """Folders of ours, JSON of ``tersely bench``, and JSON of ``tersely eval``, which joins the folder it was made of;
     that of a dense model joins all runs that were made from it, as what their speed and tasks are compared with.
@@ -90,11 +123,12 @@ def read_given(paths: Sequence[Path]) -> Given:
     for path in paths:
         if path.is_dir():
             continue
-        content = _read_json(path)
+        content = read_json(path)
         if isinstance(content.get("rows"), list):
             rest = {key: value for key, value in content.items() if key != "rows"}
             benches.append(Benched(path.stem, content["rows"], rest))
         elif "parameters" in content:
+            _check(path, content, _Evaluation)
             evaluations.append((path, content))
         else:
             raise RecipeError(f"{path} holds neither the rows of a bench nor an evaluation")
@@ -120,30 +154,50 @@ def run_of(report: Json) -> Run:
 
 
 def _read_run(folder: Path, label: str) -> Run:
-    if not (folder / "report.json").is_file():
-        raise CheckpointError(f"{folder} has no report.json; give a folder that tersely wrote and finished")
+    report = read_report(folder)
     recipe, plan, sums = folder / "recipe.toml", folder / "plan.json", folder / "checksums.json"
     return Run(
         name=label,
-        report=_read_json(folder / "report.json"),
+        report=report,
         folder=folder,
         nbytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
-        plan=_read_json(plan) if plan.is_file() else None,
-        checksums=_read_json(sums) if sums.is_file() else {},
+        plan=read_json(plan) if plan.is_file() else None,
+        checksums=read_json(sums) if sums.is_file() else {},
         kinds=_kinds(folder),
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_report(folder: Path) -> dict[str, Any]:
+    """The content of ``report.json``.  Raises CheckpointError where there is none, or it is not one."""
+    path = folder / "report.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no report.json; give a folder that tersely wrote and finished")
+    content = read_json(path)
+    _check(path, content, Report)
+    _check(path, content.get("evaluation") or {}, _Evaluation)
+    return content
+
+
+def _check(path: Path, content: Json, wanted: type) -> None:
+    """Raises CheckpointError where the content of a file of ours is not what its readers count on."""
+    try:
+        TypeAdapter(wanted).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path}: {place}: {first['msg']}; {AGAIN}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise RecipeError(f"{path}: no such file or folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read as JSON ({error})") from error
+        raise RecipeError(f"{path}: cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: wanted an object, came {type(content).__name__}")
+        raise RecipeError(f"{path}: wanted an object, came {type(content).__name__}; {AGAIN}")
     return content
 
 
@@ -158,9 +212,10 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 def _kinds(folder: Path) -> dict[str, int]:
     config = folder / "config.json"
-    plain = _read_json(config) if config.is_file() else {}
+    plain = read_json(config) if config.is_file() else {}
+    _check(config, plain, _Config)
     modules = (plain.get("quantization_config") or {}).get("modules") or {}
-    return dict(Counter(str(spec.get("kind")) for spec in modules.values() if isinstance(spec, dict)))
+    return dict(Counter(str(spec.get("kind")) for spec in modules.values()))
 
 
 def _is_model(first: Any, second: Any) -> bool:
@@ -195,8 +250,8 @@ def _place_of(model: Path, evaluation: Path, given: Sequence[Path]) -> Path:
     if len(alike) == 1:
         return alike[0]
     raise RecipeError(
-        f"{evaluation} is an evaluation of {model}; give that folder as well, so that the page can say what was "
-        "evaluated"
+        f"{evaluation} is an evaluation of {model}, and a page is of folders that tersely wrote: give `tersely report "
+        f"{model} {evaluation}`, or, if that is a dense model, the folders that were made from it"
     )
 
 

@@ -35,6 +35,7 @@ OVERHEAD, OVERHEAD_PER_SITE = 60_000, 2_000
 
 
 def run(step: MethodStep | CacheStep, scene: Scene) -> Done:
+    assert step.propagate is not None  # `settled` has seen to it
     base = base_of(step, scene.source)
     targets = targets_of(step, scene.anatomy, scene.source, base)
     job = Job(

@@ -9,10 +9,11 @@ from torch import nn
 
 from tersely.anatomy import Place, model_class
 from tersely.calibrate import Blocks, Replay
-from tersely.checkpoint import Edit, Source, State, load_with_report
+from tersely.checkpoint import Edit, Source, State
 from tersely.errors import RecipeError
 from tersely.job import Clock
 from tersely.kinds import Made
+from tersely.opening import load_with_report
 from tersely.recipe import TrainStep
 from tersely.stats import Stats
 from tersely.steps.scene import Done, Scene

@@ -19,6 +19,7 @@ are refused.
 A run survives a kill.  All randomness of a step, the choice of windows and what relaxations draw, depends on the seed
 and the number of the step alone; so parameters, the optimizer's moments and the measurements so far are all there is
 to keep.  They are committed as one file, and a run that finds it ends with the same bytes as one that never stopped.
+One that is interrupted commits its last whole step before it ends.
 
 Several processes (`torchrun`) share every batch; each must be given the same arguments.
 """
@@ -41,6 +42,7 @@ from tersely.train.objectives import Objective, Tokens
 from tersely.train.relax.base import Relaxation
 from tersely.train.settings import Training
 from tersely.train.standing import Trained, standing
+from tersely.train.stopping import uninterrupted
 
 Progress = Callable[[str, int, int], None]
 
@@ -149,6 +151,8 @@ class _Run:
         self._losses: list[float] = []
         self._measured: list[Measured] = []
         self._best: dict[str, Tensor] = {}
+        self._saved = 0
+        """Steps that a resumed run would find done."""
         self._batches = Batches(len(job.windows), job.training.batch, self._seed)
         self._device = next(iter(job.trained.parameters().values())).device
         self._accelerator = Accelerator(cpu=self._device.type == "cpu", mixed_precision="no", device_placement=False)
@@ -164,25 +168,33 @@ class _Run:
         job = self._job
         if self._journal is not None and self._journal.has(self._unit):
             self._restore(self._journal.read_tensors(self._unit))
+            self._saved = len(self._losses)
+            self._advance((self._saved - 1) / job.steps)
+            self._measure_if_due()  # interrupted between the step and its measurement
         else:
             if job.trained.relaxed:
                 self._price()  # refuses an impossible budget, and settles learned widths before they are measured
-            self._measure()
+            self._measure_if_due()
             if callback is not None:
                 callback(0, job.model)
         if progress is not None:
             progress("training steps", len(self._losses), job.steps)
-        while not self._over():
-            self._step()
-            done = len(self._losses)
-            if done % job.training.evaluate_every == 0 or done == job.steps:
-                self._measure()
-            if progress is not None:
-                progress("training steps", done, job.steps)
-            if callback is not None:
-                callback(done, job.model)
-            if done % job.training.save_every == 0 or self._over():
-                self._save()
+        try:
+            while not self._over():
+                self._step()
+                self._measure_if_due()
+                done = len(self._losses)
+                if progress is not None:
+                    progress("training steps", done, job.steps)
+                if callback is not None:
+                    callback(done, job.model)
+                if done % job.training.save_every == 0 or self._over():
+                    self._save()
+                    self._accelerator.wait_for_everyone()
+        except KeyboardInterrupt:
+            if len(self._losses) > self._saved:
+                self._save()  # without waiting: the other processes may have been stopped elsewhere
+            raise
         if progress is not None and len(self._losses) < job.steps:
             progress("training steps", len(self._losses), len(self._losses))  # nothing was gained by going on
         self._advance(1.0)
@@ -223,9 +235,11 @@ class _Run:
         limit = job.training.clip or math.inf
         norm = self._accelerator.clip_grad_norm_(list(job.trained.parameters().values()), limit)
         _require_finite("norm of the gradient", float(norm), done)
-        optimizer.step()
+        loss = self._mean(total)
+        with uninterrupted():  # numbers half of which are a step ahead are nothing to go on from
+            optimizer.step()
+            self._losses.append(loss)
         optimizer.zero_grad()
-        self._losses.append(self._mean(total))
 
     def _advance(self, done: float) -> None:
         for module in self._job.trained.relaxed:
@@ -255,11 +269,15 @@ class _Run:
         given = model(tokens, use_cache=False)
         return {name: objective(given, taught, tokens) for name, objective in job.objectives.items()}
 
+    def _measure_if_due(self) -> None:
+        done, job = len(self._losses), self._job
+        is_known = bool(self._measured) and self._measured[-1].step == done
+        if len(job.held_out) and not is_known and (done % job.training.evaluate_every == 0 or done == job.steps):
+            self._measure()
+
     @torch.no_grad()
     def _measure(self) -> None:
         job = self._job
-        if not len(job.held_out):
-            return
         for module in job.trained.relaxed:
             module.eval()
         sums = dict.fromkeys(job.objectives, 0.0)
@@ -276,9 +294,10 @@ class _Run:
                 f"after {done} steps of training the held-out windows have the losses {losses}; "
                 + ("choose a lower rate" if done else "the model is broken before it trains")
             )
-        self._measured.append(Measured(done, losses))
-        if job.training.patience and self._best_at().step == done:
-            self._best = {name: tensor.clone() for name, tensor in job.trained.tensors().items()}
+        with uninterrupted():
+            self._measured.append(Measured(done, losses))
+            if job.training.patience and self._best_at().step == done:
+                self._best = {name: tensor.clone() for name, tensor in job.trained.tensors().items()}
 
     def _share(self, numbers: Tensor) -> Tensor:
         """The part of a batch that falls to this process."""
@@ -303,7 +322,7 @@ class _Run:
         tensors["identity"] = job.identity(self._seed)
         if self._accelerator.is_main_process:
             self._journal.write_tensors(self._unit, tensors)
-        self._accelerator.wait_for_everyone()
+        self._saved = len(self._losses)
 
     def _restore(self, kept: Mapping[str, Tensor]) -> None:
         job = self._job

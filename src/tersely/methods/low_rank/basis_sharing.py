@@ -14,8 +14,9 @@ members make on their own inputs, Σ_l tr(Δ_l E[x_l x_lᵀ] Δ_lᵀ), found for
 C_l = U^(l)ᵀ U^(l), every rank k adds up the first k rows and columns of  C_l ∘ (P E[x_l x_lᵀ] Pᵀ).
 
 All blocks of a group must be observed before the first of them can be cut, so that there is no compressed prefix to
-observe the second one behind: the method takes propagate = "none".  The paper's refit of the coefficients on shifted
-inputs, for high ratios, is left out for the same reason; what it adds where a Cholesky factor fails is not needed.
+observe the second one behind: the method takes propagate = "none", and unless told otherwise does.  The paper's refit
+of the coefficients on shifted inputs, for high ratios, is left out for the same reason; what it adds where a Cholesky
+factor fails is not needed.
 
 Source: Wang et al., Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model Compression, 2024
 (arXiv 2410.03765).
@@ -74,6 +75,7 @@ class BasisSharing:
     paper: ClassVar[str] = "Wang et al., 2024, Basis Sharing: Cross-Layer Parameter Sharing (arXiv 2410.03765)"
     summary: ClassVar[str] = "one shared factor for the same linear of neighbouring blocks, in the metric of all inputs"
     roles: ClassVar[tuple[str, ...]] = (DEPTH,)
+    usual_propagate: ClassVar[str] = "none"
     leaves: ClassVar[tuple[str, ...]] = leaves_as_stored()
 
     def __post_init__(self) -> None:

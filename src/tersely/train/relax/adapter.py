@@ -82,8 +82,11 @@ class Adapter:
     def leaves(self) -> tuple[str, ...] | None:
         return None if self.merge else ("terms.0", "terms.1.down", "terms.1.up")
 
-    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+    def check(
+        self, shapes: Sequence[tuple[int, int]], kinds: Sequence[tuple[int, int]], packed: int, bits: float | None
+    ) -> None:
         learns_no_size("adapter", bits)
+        check_width("adapter", self.rank, [*shapes, *kinds])
         if self.factors and not kinds:
             raise RecipeError("adapter: no target is factorised; leave factors out, or factorise in a step before")
 
@@ -202,6 +205,18 @@ def check_update(name: str, rank: int, alpha: float, dropout: float) -> None:
         raise RecipeError(f"{name}: alpha = {alpha}; wanted above 0")
     if not 0 <= dropout < 1:
         raise RecipeError(f"{name}: dropout = {dropout}; wanted 0 or more, below 1")
+
+
+def check_width(name: str, rank: int, shapes: Sequence[tuple[int, int]]) -> None:
+    """Raise RecipeError for an update of a higher rank than some target can have, which would be numbers for nothing.
+
+    shapes: (out, in) of the targets."""
+    narrowest = min(shapes, key=min, default=None)
+    if narrowest is not None and rank > min(narrowest):
+        raise RecipeError(
+            f"{name}: rank = {rank}, and a target has the shape {tuple(narrowest)}; wanted at most {min(narrowest)}, "
+            "or other targets"
+        )
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:

@@ -71,11 +71,14 @@ class Relaxation(Protocol):
         """Children of what `harden` gives that are linears again, for later steps; None where the linears that were
         there stay."""
 
-    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+    def check(
+        self, shapes: Sequence[tuple[int, int]], kinds: Sequence[tuple[int, int]], packed: int, bits: float | None
+    ) -> None:
         """Raises RecipeError for what no training could do, before any is begun.
 
-        shapes: (out, in) of the targets that are plain linears; kinds: how many targets are something else by now;
-        packed: how many of those hold codes and no linear; bits: the average that is asked for."""
+        shapes: (out, in) of the targets that are plain linears; kinds: of those that are something else by now, as they
+        were before the first step (none has become wider); packed: how many of the latter hold codes and no linear;
+        bits: the average that is asked for."""
 
     def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> Relaxed:
         """The module that stands in for `linear`, which is an `nn.Linear`, a `Conv1D` of transformers, or a linear

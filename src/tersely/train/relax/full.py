@@ -40,7 +40,9 @@ class Full:
     def leaves(self) -> tuple[str, ...] | None:
         return None
 
-    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+    def check(
+        self, shapes: Sequence[tuple[int, int]], kinds: Sequence[tuple[int, int]], packed: int, bits: float | None
+    ) -> None:
         learns_no_size("full", bits)
         if packed:
             raise RecipeError(f"full: the numbers of {packed} targets are packed; train an adapter beside them")

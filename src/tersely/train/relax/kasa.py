@@ -39,6 +39,7 @@ from tersely.train.relax.adapter import (
     absorb,
     absorbed_bits,
     check_update,
+    check_width,
     kaiming_rows,
     learns_no_size,
     master,
@@ -90,15 +91,18 @@ class KnowledgeAdapter:
     def leaves(self) -> tuple[str, ...] | None:
         return None if self.merge else ("terms.0", "terms.1.down", "terms.1.up")
 
-    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+    def check(
+        self, shapes: Sequence[tuple[int, int]], kinds: Sequence[tuple[int, int]], packed: int, bits: float | None
+    ) -> None:
         learns_no_size("kasa", bits)
         if self.truncate and kinds:
             raise RecipeError(
-                f"kasa: of the targets {kinds} are something else than a plain linear; what is compressed already and "
-                "cannot be truncated wants truncate = false"
+                f"kasa: of the targets {len(kinds)} are something else than a plain linear; what is compressed already "
+                "and cannot be truncated wants truncate = false"
             )
         for shape in shapes if self.truncate else ():
             _check_rank(self.rank, shape)
+        check_width("kasa", self.rank, [*shapes, *kinds])
 
     def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> "KnowledgeAdapted":
         if self.truncate and not isinstance(linear, nn.Linear | Conv1D):

@@ -107,11 +107,13 @@ class PseudoNoise:
     def leaves(self) -> tuple[str, ...] | None:
         return ()
 
-    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+    def check(
+        self, shapes: Sequence[tuple[int, int]], kinds: Sequence[tuple[int, int]], packed: int, bits: float | None
+    ) -> None:
         if kinds:
             raise RecipeError(
-                f"nipq: of the targets {kinds} are compressed already, and such a one has no weight of its own that "
-                "could be rounded; name others"
+                f"nipq: of the targets {len(kinds)} are compressed already, and such a one has no weight of its own "
+                "that could be rounded; name others"
             )
         self._check_asked(bits)
         if bits is None:

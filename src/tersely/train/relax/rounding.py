@@ -114,7 +114,9 @@ class Rounding:
     def leaves(self) -> tuple[str, ...] | None:
         return ()
 
-    def check(self, shapes: Sequence[tuple[int, int]], kinds: int, packed: int, bits: float | None) -> None:
+    def check(
+        self, shapes: Sequence[tuple[int, int]], kinds: Sequence[tuple[int, int]], packed: int, bits: float | None
+    ) -> None:
         learns_no_size("rounding", bits)
 
     def relax(self, linear: nn.Module, stats: Stats, generator: torch.Generator) -> Relaxed:
