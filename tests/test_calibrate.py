@@ -1,6 +1,6 @@
 """Replay is the model: block by block the same hidden states and the same inputs, with one block in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from families import TINY, tiny_config, tiny_model
 from tersely import calibrate
 from tersely.anatomy import Anatomy, anatomy_of
 from tersely.calibrate import ENOUGH, Blocks, Replay, StatisticsStore, Windows, read_windows, stream_list, watch_list
-from tersely.checkpoint import ForeignNamesError, Source, open_source, rewrite_names
+from tersely.checkpoint import ForeignNamesError, Source, open_source
 from tersely.errors import NumericalError, RecipeError
 from tersely.kinds import LowRankLinear, Made
 from tersely.linalg.products import Quicker
+from tersely.opening import rewrite_names
 from tersely.recipe import Calibration
-from tersely.stats import STATISTICS, AbsMax, Cross, Drift, Gram, Power, Stats
+from tersely.stats import STATISTICS, AbsMax, BucketGram, Cross, Drift, Gram, Power, Stats
 
 every_family = pytest.mark.parametrize("family", TINY)
 
@@ -344,6 +345,65 @@ def test_a_hidden_state_that_is_not_finite_names_its_block(family, parameter, ba
     name = tried.anatomy.blocks[1].replace(".", r"\.")
     with pytest.raises(NumericalError, match=rf"^{name}: the hidden state is not finite for calibration batch 0"):
         replay.observe(block, {}, advance=True)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_batches_on_several_threads_add_up_to_the_same(family, case, threads, monkeypatch):
+    monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", LENGTH)
+    tried = case(family)
+
+    def seen(count: int) -> tuple[list[Stats], list[Tensor]]:
+        threads(count)
+        replay, blocks = replay_of(tried), blocks_of(tried)
+        stats = []
+        for index in range(len(tried.anatomy.blocks)):
+            watched = watch_list(tried.anatomy, index, tried.anatomy.sites, (Gram, AbsMax), "cpu")
+            replay.observe(blocks.dense(index), watched, advance=True)
+            stats += [of_input for _, of_input in watched.values()]
+        assert torch.get_num_threads() == count
+        return stats, [replay.hidden(batch) for batch in range(len(replay))]
+
+    (alone, stream), (together, joined), (again, repeated) = seen(1), seen(2), seen(2)
+    assert ROWS >= 2 * 2  # so that there are parts
+    for one, other, third in zip(alone, together, again, strict=True):
+        assert one.tokens == other.tokens == ROWS * LENGTH
+        assert torch.allclose(one[Gram].mean(), other[Gram].mean(), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(one[AbsMax].mean(), other[AbsMax].mean(), rtol=1e-5, atol=1e-6)
+        assert torch.equal(other[Gram].mean(), third[Gram].mean())
+    for one, other in zip(stream, joined, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+    assert equal(joined, repeated)
+
+
+def test_what_fails_on_one_thread_is_raised_and_the_first_of_several(case, threads, monkeypatch):
+    monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", LENGTH)
+    tried = case("llama")
+    threads(2)
+    replay, block = replay_of(tried), blocks_of(tried).dense(0)
+    replay.hidden(1).fill_(torch.nan)
+    replay.hidden(ROWS - 1).fill_(torch.nan)
+    with pytest.raises(NumericalError, match="not finite for calibration batch 1;"):
+        replay.observe(block, {}, advance=True)
+    assert replay.at == 0
+    assert torch.get_num_threads() == 2
+
+
+def test_a_statistic_of_windows_sees_all_of_them_in_their_order(case, threads):
+    tried = case("llama")
+    means = []
+    for count in (1, 2):
+        threads(count)
+        watched = watch_list(tried.anatomy, 0, tried.anatomy.sites, (BucketGram,), "cpu")
+        replay_of(tried).observe(blocks_of(tried).dense(0), watched, advance=False)
+        means.append([of_input[BucketGram].mean() for _, of_input in watched.values()])
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in zip(*means, strict=True))
 
 
 def test_only_inputs_of_wanted_sites_are_watched(case):

@@ -32,22 +32,24 @@ from tersely.pipeline import run
 from tersely.prepare import prepare
 from tersely.recipe import Calibration
 
+GPTQ = (
+    Entry("gptq", propagate="none", sizes=None),
+    Entry("gptq", propagate="none", options={"shrink": True}, sizes=None),
+    Entry("gptq", propagate="block", sizes=None),
+    Entry("gptq", propagate="input", sizes=None),
+)
+"""On the inputs of the dense model, also with a search for the range of every group; block after block behind what is
+quantized already, as llmcompressor does; input after input."""
+
 PAIRS: tuple[tuple[str, dict[str, Any], tuple[Entry, ...]], ...] = (
     ("hqq", {}, (Entry("hqq", propagate="none", sizes=None),)),
     ("sinq", {}, (Entry("sinq", propagate="none", sizes=None),)),
-    (
-        "llmcompressor",
-        {"algorithm": "gptq"},
-        (
-            Entry("gptq", propagate="none", sizes=None),
-            Entry("gptq", propagate="none", options={"shrink": True}, sizes=None),
-            Entry("gptq", propagate="block", sizes=None),
-            Entry("gptq", propagate="input", sizes=None),
-        ),
-    ),
+    ("llmcompressor", {"algorithm": "gptq", "batches": "its own"}, GPTQ),
+    ("llmcompressor", {"algorithm": "gptq", "batches": "large"}, GPTQ[:1]),
 )
-"""Package, its settings, and ours by the same algorithm: on the inputs of the dense model, also with a search for the
-range of every group, block after block behind what is quantized already, as llmcompressor does, input after input."""
+"""Package, its settings, and ours by the same algorithm.  llmcompressor is called as its documentation does it, with a
+data set of windows, which it takes one by one, and once more with batches that it is handed."""
+
 QUANTIZING = ("replay", "curves", "allocate", "factorise")
 
 
@@ -87,17 +89,19 @@ def table(given: argparse.Namespace) -> Iterator[str]:
         "|---|--:|---|--:|--:|--:|--:|--:|",
     )
     for package, settings, entries in PAIRS:
-        (peer,) = (
-            one
-            for one in peers_in(given.peers)
-            if one.package == package and one.options == {"width": given.width, "group": 64, **settings}
-        )
+        grid = {"width": given.width, "group": 64}
+        peer = replace(next(one for one in peers_in(given.peers) if one.package == package), options=grid | settings)
         theirs, ours = fastest(peer, entries, setting, given)
         for entry, (statistics, inner, whole) in zip(entries, ours, strict=True):
             yield (
-                f"| {peer.package} | {theirs:.2f} | {entry.way} | {statistics:.2f} | {inner:.2f} | {whole:.2f} | "
-                f"{theirs / inner:.2f} | {theirs / whole:.2f} |"
+                f"| {said(package, settings)} | {theirs:.2f} | {entry.way} | {statistics:.2f} | {inner:.2f} | "
+                f"{whole:.2f} | {theirs / inner:.2f} | {theirs / whole:.2f} |"
             )
+
+
+def said(package: str, settings: dict[str, Any]) -> str:
+    words = [f"{key} {value}" for key, value in settings.items() if key != "algorithm"]
+    return f"{package} ({', '.join(words)})" if words else package
 
 
 def fastest(

@@ -1,7 +1,8 @@
 """GPTQ, AWQ and rounding to nearest by llmcompressor, all as it sets them up by itself.
 
 `algorithm`: gptq (static activation order, damping 0.01, blocks of 128; the model in sequence, block after block), awq
-(20 exponents, duo scaling, then rounding), rtn.  Calibration windows run `AT_ONCE` tokens at a time.
+(20 exponents, duo scaling, then rounding), rtn.  `batches`: "large", as many windows together as have `AT_ONCE` tokens,
+which is quicker, or "its own", the windows as a data set and whatever the package makes of that: one by one.
 
 Of AWQ the gains of the norms change too: they take up the scales.  Its modifier pins memory for a graphics card even
 where there is none, which fails; pinning changes no number and is left out then.
@@ -15,6 +16,7 @@ Source: Frantar et al., GPTQ, 2022 (arXiv 2210.17323); Lin et al., AWQ, 2023 (ar
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, initialize_module_for_quantization
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize, forward_quantize
+from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
@@ -52,19 +54,31 @@ def recipe(request: Request) -> list[object]:
     raise SystemExit(f"algorithm {request.settings['algorithm']}; wanted gptq, awq or rtn")
 
 
-def of_model(model: nn.Module, request: Request, windows: torch.Tensor) -> nn.Module:
-    def batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        tokens = torch.stack(rows)
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+def calibration(request: Request, windows: torch.Tensor) -> Dataset | DataLoader | None:
+    if request.settings["algorithm"] == "rtn":
+        return None
+    match request.settings.get("batches", "large"):
+        case "its own":
+            tokens = windows.tolist()
+            return Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(row) for row in tokens]})
+        case "large":
+            at_once = max(1, AT_ONCE // windows.shape[1])
+            return DataLoader(list(windows), batch_size=at_once, collate_fn=batch)
+    raise SystemExit(f"batches {request.settings['batches']}; wanted large, its own")
 
-    calibration = None
-    if request.settings["algorithm"] != "rtn":
-        at_once = max(1, AT_ONCE // windows.shape[1])
-        calibration = DataLoader(list(windows), batch_size=at_once, collate_fn=batch)
+
+def batch(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    tokens = torch.stack(rows)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def of_model(
+    model: nn.Module, request: Request, windows: torch.Tensor, batches: Dataset | DataLoader | None
+) -> nn.Module:
     oneshot(
         model=model,
         processor=AutoTokenizer.from_pretrained(request.model),
-        dataset=calibration,
+        dataset=batches,
         num_calibration_samples=len(windows),
         max_seq_length=windows.shape[1],
         recipe=recipe(request),
@@ -116,7 +130,8 @@ def main() -> None:
         dense = {"weight": weight}
     else:
         windows = request.tokens()
-        model, cost = measured(request.open, lambda model: of_model(model, request, windows))
+        batches = calibration(request, windows)
+        model, cost = measured(request.open, lambda model: of_model(model, request, windows, batches))
         dense = dense_of(model, request)
     shapes = {name: tuple(weight.shape) for name, weight in dense.items()}
     sizes = counted(shapes, request, scale=16, zero=request.bits)

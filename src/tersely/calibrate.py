@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,20 @@ from torch import Tensor, nn
 from tersely.anatomy import Anatomy, Site
 from tersely.checkpoint import Source, State, fill
 from tersely.errors import NumericalError, RecipeError
-from tersely.journal import commit_tensors, read_tensors
+from tersely.journal import commit_tensors, read_tensors, reading
 from tersely.kinds import Made, SharedLinear, link, orphans, owner_of
 from tersely.linalg.products import Quicker
 from tersely.recipe import Calibration
+from tersely.side_by_side import Part, side_by_side
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
 from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
 from tersely.watching import Beside, Reads, holding, watching
 
 TOKENS_AT_ONCE = 2048
 """Tokens in a batch: enough to keep the processor busy, few enough for the widest intermediate of a block."""
+
+NARROW = 1024
+"""Widths of the residual stream up to which threads have batches of their own."""
 
 FORM = 2
 """What the states of statistics mean on disk: those that meant something else are measured anew."""
@@ -157,11 +162,59 @@ class Replay:
         readers of this input write to it; statistics then see how far that has drifted.  Raises NumericalError where
         outputs are not finite.
         """
-        dense, streams = Beside(), streams or {}
-        shape = [0, 0]
+        streams, parts = streams or {}, self._parts(inputs)
+        if beside is not None or len(parts) == 1:
+            self._observe(block, inputs, advance, range(len(self)), beside, streams)
+        else:
+            side_by_side([self._part(block, inputs, advance, part, streams) for part in parts])
+        if advance:
+            self.at += 1
+
+    def _parts(self, inputs: Mapping[str, tuple[str, Stats]]) -> list[range]:
+        """Batches that run one after the other.  Narrow models keep several threads busy only if each has batches of
+        its own: their products are too small to be divided."""
+        threads = torch.get_num_threads()
+        narrow = self._device == "cpu" and self._hidden[0].shape[-1] <= NARROW and len(self) >= 2 * threads
+        if not narrow or not all(stats.divisible for _, stats in inputs.values()):
+            return [range(len(self))]
+        cuts = [len(self) * part // threads for part in range(threads + 1)]
+        return [range(start, end) for start, end in pairwise(cuts)]
+
+    def _part(
+        self,
+        block: nn.Module,
+        inputs: Mapping[str, tuple[str, Stats]],
+        advance: bool,
+        batches: range,
+        streams: Mapping[str, str],
+    ) -> "Part":
+        """A part of what `observe` does, with a block and statistics of its own; the numbers are the block's."""
+        numbers = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+        own = copy.deepcopy(block, numbers)
+        apart = {key: (path, copy.deepcopy(stats)) for key, (path, stats) in inputs.items()}
+
+        def run() -> None:
+            self._observe(own, apart, advance, batches, None, streams)
+
+        def done() -> None:
+            for key, (_, stats) in inputs.items():
+                stats.merge(apart[key][1])
+
+        return Part(run, done)
+
+    def _observe(
+        self,
+        block: nn.Module,
+        inputs: Mapping[str, tuple[str, Stats]],
+        advance: bool,
+        batches: range,
+        beside: "tuple[Replay, nn.Module] | None",
+        streams: Mapping[str, str],
+    ) -> None:
+        dense, shape = Beside(), [0, 0]
         here, there = Reads(inputs), Reads(inputs)
         with Quicker(), watching(block, inputs, dense, streams, shape, here):
-            for i in range(len(self._hidden)):
+            for i in batches:
                 shape[:] = self._hidden[i].shape[:2]
                 if beside is not None:
                     beside[0]._read_beside(beside[1], i, inputs, streams, there, dense)
@@ -178,8 +231,6 @@ class Replay:
                     )
                 if advance:
                     self._hidden[i] = out.cpu()
-        if advance:
-            self.at += 1
 
     def hidden(self, batch: int) -> Tensor:
         """What the block at `at` reads of one batch: ``[windows, length, width]``, on the host."""
@@ -317,7 +368,9 @@ class StatisticsStore:
         found: dict[str, dict[type[Statistic], Statistic]] = {}
         for kind in needs:
             states: dict[str, State] = {}
-            for name, tensor in read_tensors(self._file(block, kind)).items():
+            with reading(self._file(block, kind), shared=self.shared):
+                stored = read_tensors(self._file(block, kind))
+            for name, tensor in stored.items():
                 key, _, part = name.rpartition("|")
                 states.setdefault(key, {})[part] = tensor.to(device)
             for key, state in states.items():

@@ -113,6 +113,17 @@ class Stats:
             else:
                 accumulator.update(rows)
 
+    @property
+    def divisible(self) -> bool:
+        """Whether parts of the rows may be shown to copies, and these merged: nothing has been seen yet, and windows do
+        not count as such."""
+        return self.tokens == 0 and not any(getattr(a, "by_window", False) for a in self._of.values())
+
+    def merge(self, other: "Stats") -> None:
+        """Add what `other` has seen, statistics of the same kinds."""
+        for kind, accumulator in self._of.items():
+            accumulator.merge(other[kind])
+
     def __or__(self, other: "Stats") -> "Stats":
         """What either holds, the very same accumulators."""
         return Stats(self._of | other._of)
