@@ -1,8 +1,11 @@
 """Replay is the model: block by block the same hidden states and the same inputs, with one block in memory."""
 
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier, Thread, main_thread
+from time import sleep
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from tersely.kinds import LowRankLinear, Made
 from tersely.linalg.products import Quicker
 from tersely.opening import rewrite_names
 from tersely.recipe import Calibration
+from tersely.side_by_side import Part, side_by_side
 from tersely.stats import STATISTICS, AbsMax, BucketGram, Cross, Drift, Gram, Power, Stats
 
 every_family = pytest.mark.parametrize("family", TINY)
@@ -393,6 +397,50 @@ def test_what_fails_on_one_thread_is_raised_and_the_first_of_several(case, threa
         replay.observe(block, {}, advance=True)
     assert replay.at == 0
     assert torch.get_num_threads() == 2
+
+
+def test_whoever_watches_a_block_sees_batches_in_their_order(case, threads, monkeypatch):
+    monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", LENGTH)
+    tried = case("llama")
+    threads(2)
+    replay, block = replay_of(tried), blocks_of(tried).dense(0)
+    outputs = outputs_of(block)
+    replay.observe(block, {}, advance=True)
+    assert equal(outputs, [replay.hidden(batch) for batch in range(ROWS)])
+
+
+def test_threads_have_no_more_statistics_than_fit(case, threads, monkeypatch):
+    monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", LENGTH)
+    tried = case("llama")
+    threads(2)
+    replay, block = replay_of(tried), blocks_of(tried).dense(0)
+    watched = watch_list(tried.anatomy, 0, tried.anatomy.sites, (Gram,), "cpu")
+    assert len(replay._parts(block, watched)) == 2
+    monkeypatch.setattr(calibrate, "COPIES", sum(stats.nbytes for _, stats in watched.values()) - 1)
+    assert len(replay._parts(block, watched)) == 1
+
+
+def test_an_interrupt_ends_all_threads_soon():
+    begun, steps = Barrier(3), [0, 0]
+
+    def part(number: int) -> Part:
+        def run(goes_on: Callable[[], bool]) -> None:
+            begun.wait()
+            while goes_on():
+                steps[number] += 1
+                sleep(0.001)
+
+        return Part(run, lambda: steps.append(-1))
+
+    def interrupt() -> None:
+        begun.wait()
+        signal.pthread_kill(main_thread().ident, signal.SIGINT)
+
+    Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side([part(0), part(1)])
+    assert len(steps) == 2  # nothing is added up
+    assert max(steps) < 5000
 
 
 def test_a_statistic_of_windows_sees_all_of_them_in_their_order(case, threads):

@@ -319,6 +319,7 @@ NO_FILE = {
     "file/x.json": "{place}: .*/file is a file; choose another place",
     "locked/x.json": "{place}: nothing may be written in .*/locked; choose another place",
     f"{'x' * 300}.json": "{place}: File name too long; choose another place",
+    f"{'x' * 245}.json": "{place}: File name too long; choose another place",
     "pipe": "{place} is no ordinary file; name another one",
 }
 NO_FOLDER = {
@@ -326,6 +327,7 @@ NO_FOLDER = {
     "file/x": "{place}: .*/file is a file; choose another place",
     "locked/x/y": "{place}: nothing may be written in .*/locked; choose another place",
     "x" * 300: "{place}: File name too long; choose another place",
+    "dangling": "{place} is a link to nothing; choose another place",
 }
 FILES = {
     "eval": "eval {model} --text {text} --json {place}",
@@ -354,6 +356,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("a file")
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nothing")
     given = {"model": model_folder(), "small": compressed(), "text": text_file, "free": tmp_path / "free"}
     for name, message in (NO_FILE if command in FILES else NO_FOLDER).items():
         words = (FILES | FOLDERS)[command].split()

@@ -173,6 +173,10 @@ def test_a_renamed_checkpoint_leaves_nothing_where_the_recipe_is_wrong(recipe, c
     with pytest.raises(RecipeError, match="2 tokens"):
         prepare(short, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RecipeError, match="2 tokens"):
+        prepare(short, tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
 
 
 KILLED = """
@@ -245,6 +249,38 @@ def test_stopped_while_tidying_up_it_is_still_one_or_the_other(last, recipe, tmp
     run(prepare(recipe, out))
     assert all(check.passed for check in verify(out))
     assert not (out / ".tersely").exists()
+
+
+def test_stopped_while_another_run_is_cleared_away_nothing_goes_on_from_the_rest(recipe, unfinished, tmp_path):
+    """Whatever was removed first."""
+    other = replace(recipe, step=[replace(recipe.step[0], keep=0.9)])
+    removed = journal._remove
+    for survivors in (0, 1, 2):
+        left = iter(range(survivors))
+
+        def remove(path: Path, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            removed(path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(journal, "_remove", remove)
+            with pytest.raises(KeyboardInterrupt):
+                run(prepare(other, unfinished, fresh=True))
+        for asked in (recipe, other):
+            with pytest.raises(CheckpointError, match=r"unfinished run of another recipe.*--fresh"):
+                prepare(asked, unfinished)
+    run(prepare(other, unfinished, fresh=True))
+    run(prepare(other, tmp_path / "whole"))
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+def test_what_a_run_left_that_was_killed_at_its_very_end_is_removed(recipe, tmp_path):
+    run(prepare(recipe, tmp_path / "out"))
+    (tmp_path / "out" / ".tersely.done").mkdir()
+    with pytest.raises(CheckpointError, match="holds no unfinished run"):
+        prepare(recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / ".tersely.done").exists()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

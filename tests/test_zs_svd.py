@@ -23,6 +23,7 @@ from tersely.anatomy import anatomy_of
 from tersely.checkpoint import open_source
 from tersely.errors import NumericalError, RecipeError
 from tersely.estimate import estimate
+from tersely.estimate.memory import SPARE
 from tersely.gradients import gather
 from tersely.linalg.truncation import output_basis
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
@@ -346,6 +347,6 @@ def test_a_forecast_counts_the_whole_model_where_it_is_in_memory_at_once(recipe,
     sites, whole = anatomy_of(source.skeleton()).sites, source.nbytes()
     gradients = 8 * sum(site.out_features * site.in_features for site in sites)
     assert forecast("zs_svd") > alone + whole + gradients
-    assert forecast("svd_llm", allocate="lems") == alone + whole
-    assert forecast("svd_llm", keep=None, perplexity=50.0) == alone + 2 * whole
+    assert forecast("svd_llm", allocate="lems") == pytest.approx(alone + SPARE * whole, abs=2)
+    assert forecast("svd_llm", keep=None, perplexity=50.0) == pytest.approx(alone + SPARE * 2 * whole, abs=2)
     assert forecast("svd_llm", allocate="importance") == alone

@@ -12,10 +12,10 @@ there.
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tersely.journal import commit_tensors, read_tensors, reading
 from tersely.kinds import Made, SharedLinear, link, orphans, owner_of
 from tersely.linalg.products import Quicker
 from tersely.recipe import Calibration
-from tersely.side_by_side import Part, side_by_side
+from tersely.side_by_side import Part, ranges, side_by_side
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by
 from tersely.text import SEPARATOR, Text, check_vocabulary, read_text, tokenise, window_length
 from tersely.watching import Beside, Reads, holding, watching
@@ -38,8 +38,8 @@ from tersely.watching import Beside, Reads, holding, watching
 TOKENS_AT_ONCE = 2048
 """Tokens in a batch: enough to keep the processor busy, few enough for the widest intermediate of a block."""
 
-NARROW = 1024
-"""Widths of the residual stream up to which threads have batches of their own."""
+NARROW, COPIES = 1024, 2**28
+"""Width of the stream up to which threads have batches of their own; bytes of statistics for all of them but one."""
 
 FORM = 2
 """What the states of statistics mean on disk: those that meant something else are measured anew."""
@@ -162,23 +162,22 @@ class Replay:
         readers of this input write to it; statistics then see how far that has drifted.  Raises NumericalError where
         outputs are not finite.
         """
-        streams, parts = streams or {}, self._parts(inputs)
+        streams, parts = streams or {}, self._parts(block, inputs)
         if beside is not None or len(parts) == 1:
             self._observe(block, inputs, advance, range(len(self)), beside, streams)
         else:
             side_by_side([self._part(block, inputs, advance, part, streams) for part in parts])
-        if advance:
-            self.at += 1
+        self.at += advance
 
-    def _parts(self, inputs: Mapping[str, tuple[str, Stats]]) -> list[range]:
+    def _parts(self, block: nn.Module, inputs: Mapping[str, tuple[str, Stats]]) -> list[range]:
         """Batches that run one after the other.  Narrow models keep several threads busy only if each has batches of
-        its own: their products are too small to be divided."""
-        threads = torch.get_num_threads()
-        narrow = self._device == "cpu" and self._hidden[0].shape[-1] <= NARROW and len(self) >= 2 * threads
-        if not narrow or not all(stats.divisible for _, stats in inputs.values()):
-            return [range(len(self))]
-        cuts = [len(self) * part // threads for part in range(threads + 1)]
-        return [range(start, end) for start, end in pairwise(cuts)]
+        its own: their products are too small to be divided.  Whoever watches a block by hooks sees all in its order."""
+        copied = sum(stats.nbytes for _, stats in inputs.values())
+        threads = min(torch.get_num_threads(), len(self) // 2, 1 + COPIES // max(copied, 1))
+        narrow = self._device == "cpu" and self._hidden[0].shape[-1] <= NARROW
+        watched = any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+        divisible = narrow and not watched and all(stats.divisible for _, stats in inputs.values())
+        return ranges(len(self), threads if divisible else 1)
 
     def _part(
         self,
@@ -193,8 +192,8 @@ class Replay:
         own = copy.deepcopy(block, numbers)
         apart = {key: (path, copy.deepcopy(stats)) for key, (path, stats) in inputs.items()}
 
-        def run() -> None:
-            self._observe(own, apart, advance, batches, None, streams)
+        def run(goes_on: Callable[[], bool]) -> None:
+            self._observe(own, apart, advance, batches, None, streams, goes_on)
 
         def done() -> None:
             for key, (_, stats) in inputs.items():
@@ -210,11 +209,12 @@ class Replay:
         batches: range,
         beside: "tuple[Replay, nn.Module] | None",
         streams: Mapping[str, str],
+        goes_on: Callable[[], bool] = lambda: True,
     ) -> None:
         dense, shape = Beside(), [0, 0]
         here, there = Reads(inputs), Reads(inputs)
         with Quicker(), watching(block, inputs, dense, streams, shape, here):
-            for i in batches:
+            for i in takewhile(lambda _: goes_on(), batches):
                 shape[:] = self._hidden[i].shape[:2]
                 if beside is not None:
                     beside[0]._read_beside(beside[1], i, inputs, streams, there, dense)

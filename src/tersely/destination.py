@@ -8,6 +8,11 @@ from pathlib import Path
 from tersely.errors import RecipeError
 
 
+def beside(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}.writing")
+
+
 def check_file(path: Path, flag: str = "") -> None:
     """Raises RecipeError, which begins with the `flag` that named it, where no file can be written, or one would take
     the place of something else.  Writes nothing."""
@@ -21,6 +26,7 @@ def check_file(path: Path, flag: str = "") -> None:
             raise RecipeError(f"{said}: no such folder; make it first")
         if path.is_dir():
             raise RecipeError(f"{said} is a folder; name a file in it")
+        beside(path).exists()  # fails where its name is too long
         if path.exists() and not path.is_file():
             raise RecipeError(f"{said} is no ordinary file; name another one")
         _check_writable(said, parent)
@@ -30,6 +36,8 @@ def check_folder(path: Path, flag: str = "") -> None:
     """Raises RecipeError as `check_file` does, where no folder can be made or written to."""
     said = f"{flag} {path}".lstrip()
     with _reachable(said):
+        if path.is_symlink() and not path.exists():
+            raise RecipeError(f"{said} is a link to nothing; choose another place")
         above = _standing(path.absolute())
         if not above.is_dir():
             inside = "" if above == path.absolute() else f": {above}"

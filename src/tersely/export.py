@@ -51,7 +51,7 @@ def export(out: Path, destination: Path, to: str) -> None:
     except BaseException:  # half of a model must not look like one
         shutil.rmtree(destination, ignore_errors=True)
         if existed:
-            destination.mkdir()
+            destination.mkdir(exist_ok=True)
         raise
 
 

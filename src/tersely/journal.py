@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tersely.destination import beside
 from tersely.errors import CheckpointError, DamageError
 
 try:
@@ -26,11 +27,12 @@ except ImportError:  # a platform without such locks: runs are not kept apart th
     fcntl = None  # type: ignore[assignment]
 
 FOLDER, STARTED, LOCK = ".tersely", "run.json", "lock"
+DONE = f"{FOLDER}.done"
 
 
 def commit(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour, sync it, and rename it to `path`; readable as the umask says."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    temporary = beside(path)
     temporary.unlink(missing_ok=True)
     temporary.touch()
     mode = temporary.stat().st_mode  # some writers create their files readable by the owner alone
@@ -108,12 +110,16 @@ class Journal:
 
     def begin(self) -> bool:
         """Start, or go on with, a run; True if there was one.  Raises CheckpointError where `out` is something else."""
-        if self._stale:
-            for path in [*self.folder.parent.iterdir(), *self.folder.iterdir()]:
-                if path not in (self.folder, self.renamed, self.folder / LOCK):
-                    _remove(path)
-            self._stale = False
         started = self.folder / STARTED
+        if self._stale:
+            commit_text(
+                started, json.dumps({"fingerprint": "", "weights": None})
+            )  # stopped now, nothing goes on from it
+            for path in [*self.folder.parent.iterdir(), *self.folder.iterdir()]:
+                if path not in (self.folder, self.renamed, self.folder / LOCK, started):
+                    _remove(path)
+            started.unlink()
+            self._stale = False
         if started.exists():
             return True
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -133,6 +139,7 @@ class Journal:
         if not (self.folder / STARTED).is_file():
             if out.is_dir() and [path.name for path in out.iterdir()] == [FOLDER]:
                 return  # stopped before the run began, while the checkpoint was being renamed
+            shutil.rmtree(out / DONE, ignore_errors=True)  # its run was killed when all else was done
             raise CheckpointError(f"{out} exists and holds no unfinished run; choose another folder or remove it")
         self._stale = fresh
         self._compare("fingerprint", self._fingerprint)
@@ -198,7 +205,7 @@ class Journal:
         for path in self.folder.iterdir():
             if path.name not in (STARTED, LOCK):  # what says that the run is unfinished goes last
                 _remove(path)
-        gone = self.folder.with_name(f"{FOLDER}.done")  # in one stroke, so that nobody meets a half of it
+        gone = self.folder.with_name(DONE)  # in one stroke, so that nobody meets a half of it
         self.folder.rename(gone)
         if self._lock is not None:
             self._lock.close()  # some network file systems keep the folder of an open file
@@ -210,11 +217,12 @@ class Journal:
         return path
 
 
-def clear_unbegun(out: Path) -> None:
-    """Remove an output in which no run has begun: if anything, weights were renamed there in vain."""
+def clear_unbegun(out: Path, *, keep: bool = False) -> None:
+    """Remove an output in which no run has begun, but for the folder itself if it is to be kept: if anything, weights
+    were renamed there in vain."""
     inside = [path.name for path in out.iterdir()] if out.is_dir() else []
     if inside == [FOLDER] and not any((out / FOLDER / name).exists() for name in (STARTED, LOCK)):
-        shutil.rmtree(out)
+        shutil.rmtree(out / FOLDER if keep else out)
 
 
 def _locks() -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tersely import temper
-from tersely.anatomy import Anatomy, Kept, Site
+from tersely.anatomy import Anatomy, Kept, Place, Site
 from tersely.checkpoint import Source
 from tersely.convert import attention_settings
 from tersely.errors import AnatomyError, RecipeError
@@ -31,6 +31,7 @@ class Outlook:
 
     def __init__(self, anatomy: Anatomy, source: Source) -> None:
         self._anatomy = anatomy
+        self._began = {site.name: site for site in (*anatomy.sites, *anatomy.outside)}
         self._source = source
         self._replaced: set[str] = set()
         """Sites that exist no more, and those that stand in their places."""
@@ -45,19 +46,22 @@ class Outlook:
         self._used: dict[str, str] = {}
         """Site → what left nothing of it."""
 
-    def check(self, number: int, step: Step, built: Any) -> None:
-        """Raises AnatomyError or RecipeError for a step that will not find what it needs."""
+    def check(self, number: int, step: Step, built: Any) -> tuple[Site, ...]:
+        """The linears that a step acts on.  Those that a step before leaves have the shape of what they came from.
+        Raises AnatomyError or RecipeError for a step that will not find what it needs."""
         try:
-            self._check(step, built)
+            return tuple(self._check(step, built))
         except AnatomyError as error:
             raise AnatomyError(f"step {number} ({step.name}): {error}{self._reason(step)}") from error
 
-    def _check(self, step: Step, built: Any) -> None:
+    def _check(self, step: Step, built: Any) -> Sequence[Site]:
         if isinstance(step, RewriteStep):
+            sites = self._anatomy.sites
             built.check(self._anatomy, self._source.config)
             if built.settings(self._anatomy).get("tie_word_embeddings") is False:
                 self._anatomy = self._anatomy.untied()
-        elif isinstance(step, TrainStep):
+            return sites
+        if isinstance(step, TrainStep):
             settings_of(step)
             places = self._anatomy.select_places(step.target)
             latent = [place.name for place in places if place.name in self._latent]
@@ -66,19 +70,35 @@ class Outlook:
                     f"{latent[0]} is read as two factors by the cache of latents; leave k and v untrained"
                 )
             self._check_training(step, built, [place.name for place in places])
-        elif isinstance(step, ConvertStep):
+            return self._whole(places)
+        if isinstance(step, ConvertStep):
             skeleton = self._source.skeleton()
-            for unit in self._anatomy.select_units(["attention"], built.roles):
+            units = self._anatomy.select_units(["attention"], built.roles)
+            for unit in units:
                 built.check(unit, attention_settings(skeleton, unit))
                 self._replace([unit.sites["o"]], ("dense",), step.name)
-        elif isinstance(step, CacheStep):
+            return [site for unit in units for site in unit.sites.values()]
+        if isinstance(step, CacheStep):
             _check_allocator(step, built)
             budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)
-            for unit in self._anatomy.select_units(["attention"], built.roles):
+            units = self._anatomy.select_units(["attention"], built.roles)
+            for unit in units:
                 self._replace([unit.sites["k"], unit.sites["v"]], ("down", "up"), step.name)
                 self._latent |= {unit.sites["k"].name, unit.sites["v"].name}
-        else:
-            self._check_method(step, built)
+            return [site for unit in units for site in unit.sites.values()]
+        return self._check_method(step, built)
+
+    def _whole(self, places: Sequence[Place]) -> list[Site]:
+        """The linears that places were before the first step, whatever stands there by then."""
+        skeleton = None if all(place.name in self._began for place in places) else self._source.skeleton()
+        found = []
+        for place in places:
+            if skeleton is None or place.name in self._began:
+                found.append(self._began[place.name])
+                continue
+            shape = shape_of(skeleton.get_submodule(place.name))
+            found.append(Site(place.name, place.role, place.block, place.reads, *shape, bias=False, transposed=False))
+        return found
 
     def _check_training(self, step: TrainStep, built: Any, places: list[str]) -> None:
         sites = {site.name: site for site in self._anatomy.sites}
@@ -104,7 +124,7 @@ class Outlook:
         if built.leaves is not None:
             self._replace(plain, built.leaves, step.name)
 
-    def _check_method(self, step: MethodStep, built: Any) -> None:
+    def _check_method(self, step: MethodStep, built: Any) -> Sequence[Site]:
         _check_allocator(step, built)
         if step.temper:
             temper.check(self._anatomy)
@@ -132,6 +152,7 @@ class Outlook:
         if not step.has_budget or all(site.name not in self._replaced for site in sites):
             budget_bytes(step, targets_of(step, self._anatomy, self._source), self._source)
         self._replace(sites, leaves, step.name)
+        return sites
 
     def _replace(self, sites: "tuple[Site, ...] | list[Site]", leaves: tuple[str, ...], name: str) -> None:
         chosen = {site.name for site in sites}

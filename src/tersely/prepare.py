@@ -6,6 +6,7 @@ tokens, its output is free and the disk is large enough.
 
 import hashlib
 import importlib.metadata
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +37,7 @@ from tersely.errors import CheckpointError, RecipeError, TerselyError
 from tersely.evaluation.perplexity import cut, require_causal
 from tersely.gating import require_windows
 from tersely.gradients import require_head
-from tersely.journal import STARTED, Journal, clear_unbegun, reading
+from tersely.journal import FOLDER, STARTED, Journal, clear_unbegun, reading
 from tersely.opening import rewrite_names
 from tersely.outlook import Outlook
 from tersely.planning import check_ceiling
@@ -100,6 +101,8 @@ class Examined:
     """What each step names, with its fields."""
     targets: tuple[Target, ...]
     """Of the first step, if that one has a budget; those of later ones are known when the steps before are done."""
+    sites: tuple[tuple[Site, ...], ...]
+    """What each step acts on; of what steps before leave, names are known and for shapes those of the whole linear."""
     budget: int | None
     disk_bytes: int
 
@@ -125,8 +128,8 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     source = _open(folder, recipe, rewritten)
     anatomy = anatomy_of(source.skeleton())
     outlook = Outlook(anatomy, source)
-    for number, (step, built) in enumerate(zip(recipe.step, objects, strict=True), start=1):
-        outlook.check(number, step, built)
+    steps = enumerate(zip(recipe.step, objects, strict=True), start=1)
+    sites = tuple(outlook.check(number, step, built) for number, (step, built) in steps)
     if any(isinstance(step, TrainStep) or seeks(step) or predicts(step) or tempers(step) for step in recipe.step):
         require_causal(source.skeleton())
     if any(keyed_by(kind) != "input" for built in objects for kind in getattr(built, "needs", ())):
@@ -139,7 +142,7 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     if isinstance(first, MethodStep | CacheStep):
         targets = targets_of(first, anatomy, source, bases[0])
         budget = budget_bytes(first, targets, source)
-    return Examined(recipe, source, anatomy, objects, targets, budget, disk_needed(recipe, source, targets))
+    return Examined(recipe, source, anatomy, objects, targets, sites, budget, disk_needed(recipe, source, targets))
 
 
 def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
@@ -148,12 +151,12 @@ def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
     Nothing is written, except inside `out` for a checkpoint whose tensors must be renamed (see `examine`).
     """
     check_folder(out)
-    was_there = out.exists()
+    was_there, held = out.exists(), (out / FOLDER).exists()
     try:
         return _prepare(recipe, out, fresh)
     except TerselyError:
-        if not was_there:
-            clear_unbegun(out)
+        if not held:
+            clear_unbegun(out, keep=was_there)
         raise
 
 
@@ -389,7 +392,12 @@ def _open(folder: Path, recipe: Recipe, rewritten: Path | None) -> Source:
         if not (rewritten / "config.json").exists():  # written last: without it an earlier try was cut short
             shutil.rmtree(rewritten, ignore_errors=True)
             _check_disk(rewritten, outline(folder, dtype=dtype, trust_remote_code=trust).nbytes())
-            rewrite_names(folder, rewritten, trust_remote_code=trust)
+            making = rewritten.with_name(f"{rewritten.name}.{os.getpid()}")  # no lock is taken before the run begins
+            rewrite_names(folder, making, trust_remote_code=trust)
+            if (rewritten / "config.json").exists():
+                shutil.rmtree(making)
+            else:
+                making.rename(rewritten)
         with reading(rewritten):
             read_headers(rewritten)
         source = open_source(rewritten, dtype=dtype, trust_remote_code=trust)

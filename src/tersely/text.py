@@ -157,6 +157,18 @@ def read_rows(source: str, purpose: Purpose = "evaluation", splits: Mapping[str,
     return Rows(_text(source, SEPARATOR.join(documents), revision), named or corpus, tuple(documents), split)
 
 
+def size_of(source: str, purpose: Purpose) -> int | None:
+    """Bytes of a text, as far as they are known before it is read; None of a data set, and of what is not there."""
+    name, start, stop = _byte_range(source)
+    if name == "stdlib" or name.startswith("stdlib:"):
+        size = _stdlib_size(name.partition(":")[2] or purpose)
+    elif _is_file(name):
+        size = Path(name).stat().st_size
+    else:
+        return None
+    return len(range(size)[start:stop])
+
+
 def tokenise(content: str, tokenizer: "PreTrainedTokenizerBase", *, special: bool = False) -> "Tensor":
     """Token numbers of the whole text, shape ``[tokens]``.
 
@@ -265,6 +277,11 @@ def _stdlib(split: str) -> list[str]:
     if split not in STDLIB_SPLITS:
         raise RecipeError(f"the standard library has no split {split!r}; known: {', '.join(STDLIB_SPLITS)}")
     return [text for _, text in stdlib_documents(split)]
+
+
+@lru_cache
+def _stdlib_size(split: str) -> int:
+    return len(SEPARATOR.join(_stdlib(split)).encode())
 
 
 def _stdlib_sources(root: Path) -> Iterator[tuple[str, str, str]]:

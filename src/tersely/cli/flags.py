@@ -22,6 +22,7 @@ Size = Annotated[str | None, typer.Option(help="Bytes of the whole output folder
 Perplexity = Annotated[
     float | None, typer.Option(help="The perplexity of calibration windows to stay below, as small as that allows.")
 ]
+Base = Annotated[str | None, typer.Option(help="Compress the difference to this checkpoint.", metavar="MODEL")]
 Calibrate = Annotated[
     list[str] | None, typer.Option(help="Calibration texts: files, .jsonl, datasets names, or stdlib.", metavar="TEXT…")
 ]

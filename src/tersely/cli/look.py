@@ -9,16 +9,20 @@ import typer
 from tersely.cli.application import LOOK, app, console, use_threads
 from tersely.cli.asking import Asked
 from tersely.cli.flags import (
+    Base,
     Bits,
     Calibrate,
     Device,
     Dtype,
+    Evaluate,
     Json,
     Keep,
     Length,
     Method,
     Model,
+    Order,
     Perplexity,
+    RecipeFile,
     Revision,
     Samples,
     Seed,
@@ -50,16 +54,21 @@ def list_(
 @app.command(rich_help_panel=LOOK)
 def plan(
     model: Model,
-    method: Method = "svd_llm",
+    recipe: RecipeFile = None,
+    method: Method = None,
     keep: Keep = None,
     bits: Bits = None,
     size: Size = None,
     perplexity: Perplexity = None,
+    base: Base = None,
     target: Target = None,
     calibrate: Calibrate = None,
     samples: Samples = None,
     length: Length = None,
+    order: Order = None,
+    seed: Seed = None,
     settings: Settings = None,
+    evaluate: Evaluate = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -72,20 +81,17 @@ def plan(
     use_threads(threads)
     from tersely.tables import verb_for
 
-    fixed = any(setting.startswith("width") for setting in settings or [])
     budget = {"keep": keep, "bits": bits, "size": size, "perplexity": perplexity}
-    free = all(given is None for given in budget.values()) and not fixed
-    if free and verb_for(method or "") in ("method", "cache"):
-        budget["keep"] = 0.8
-    asked = Asked(
-        model=model,
-        step={"method": method, **budget, "target": target},
-        settings=settings,
-        calibration={"source": calibrate, "samples": samples, "length": length},
-        evaluate=None,
-        top={"device": device, "dtype": dtype, "revision": revision},
-        trust_remote_code=trust_remote_code,
-    )
+    if recipe is None:
+        method = method or "svd_llm"
+        fixed = any(setting.startswith("width") for setting in settings or [])
+        free = all(given is None for given in budget.values()) and not fixed
+        if free and verb_for(method) in ("method", "cache"):
+            budget["keep"] = 0.8
+    step = {"method": method, **budget, "base": base, "target": target}
+    calibration = {"source": calibrate, "samples": samples, "length": length, "order": order}
+    top = {"seed": seed, "device": device, "dtype": dtype, "revision": revision}
+    asked = Asked(model, step, settings, calibration, evaluate, top, trust_remote_code, recipe)
     console.print(estimate_table(estimate(asked.recipe())))
 
 

@@ -8,6 +8,7 @@ import typer
 from tersely.cli.application import MAKE, app, console, is_to_end, say, use_threads, working
 from tersely.cli.asking import Asked
 from tersely.cli.flags import (
+    Base,
     Bits,
     Calibrate,
     Device,
@@ -64,9 +65,7 @@ def compress(
     bits: Bits = None,
     size: Size = None,
     perplexity: Perplexity = None,
-    base: Annotated[
-        str | None, typer.Option(help="Compress the difference to this checkpoint.", metavar="MODEL")
-    ] = None,
+    base: Base = None,
     target: Target = None,
     calibrate: Calibrate = None,
     samples: Samples = None,

@@ -104,12 +104,14 @@ def read_task(source: str, limit: int | None = None) -> Task:
     return Task(name or _named(kind, file, member), source, digest, tuple(found), METRICS[kind], notes)
 
 
+SUFFIXES = {".bz2", ".csv", ".gz", ".json", ".jsonl", ".parquet", ".tsv", ".txt", ".xz", ".zip"}
+"""By which a file of questions is told from the name of a task."""
+
+
 def is_task_file(source: str) -> bool:
     """Whether a task is a file of ours to read, and not a name.  Raises RecipeError for the path of no file."""
     name, file, _ = _parts(source)
-    # a name may end in the number of a version
-    is_path = name is not None or len(file.parts) > 1 or not f"0{file.suffix[1:]}".isdecimal()
-    if is_path and not file.is_file():
+    if (name is not None or file.is_absolute() or file.suffix.lower() in SUFFIXES) and not file.is_file():
         raise RecipeError(f"task {source!r}: no such file; give a file of questions, or the name of a task of lm-eval")
     return file.is_file()
 

@@ -119,6 +119,10 @@ class Stats:
         not count as such."""
         return self.tokens == 0 and not any(getattr(a, "by_window", False) for a in self._of.values())
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for a in self._of.values() for tensor in a.state().values())
+
     def merge(self, other: "Stats") -> None:
         """Add what `other` has seen, statistics of the same kinds."""
         for kind, accumulator in self._of.items():
