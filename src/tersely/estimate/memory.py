@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tersely import gating, gradients, temper
 from tersely.anatomy import Site
-from tersely.calibrate import TOKENS_AT_ONCE
+from tersely.calibrate import COPIES, NARROW, TOKENS_AT_ONCE
 from tersely.estimate.relaxed import share_of
 from tersely.evaluation.perplexity import LOGITS_AT_ONCE, ROWS_AT_LEAST, TOKENS_PER_BATCH
 from tersely.prepare import Examined, learns, measures, seeks, statistic_bytes, tempers, trained
@@ -126,6 +128,8 @@ def _swept(part: Part, recipe: Recipe, found: Examined) -> int:
     stream = recipe.calibration.samples * length * hidden * itemsize if calibrates(recipe, found) else 0
     first = [site for site in anatomy.sites if site.block == 0] or list(part.sites)
     grams = _observed(part, recipe, found) if stream else 0
+    if hidden <= NARROW and recipe.device == "cpu":  # other threads have statistics of their own
+        grams += min(COPIES, (torch.get_num_threads() - 1) * grams)
     widest = max(max(s.in_features, s.out_features) for s in first)
     batch = 4 * max(TOKENS_AT_ONCE, length) * widest * itemsize if stream else 0
     work = max(
