@@ -40,7 +40,6 @@ TOKENS_AT_ONCE = 2048
 
 NARROW, COPIES = 1024, 2**28
 """Width of the stream up to which threads have batches of their own; bytes of statistics for all of them but one."""
-
 FORM = 2
 """What the states of statistics mean on disk: those that meant something else are measured anew."""
 
@@ -172,8 +171,8 @@ class Replay:
     def _parts(self, block: nn.Module, inputs: Mapping[str, tuple[str, Stats]]) -> list[range]:
         """Batches that run one after the other.  Narrow models keep several threads busy only if each has batches of
         its own: their products are too small to be divided.  Whoever watches a block by hooks sees all in its order."""
-        copied = sum(stats.nbytes for _, stats in inputs.values())
-        threads = min(torch.get_num_threads(), len(self) // 2, 1 + COPIES // max(copied, 1))
+        copied = max(1, sum(stats.nbytes for _, stats in inputs.values()))
+        threads = min(torch.get_num_threads(), len(self) // 2, 1 + COPIES // copied)
         narrow = self._device == "cpu" and self._hidden[0].shape[-1] <= NARROW
         watched = any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
         divisible = narrow and not watched and all(stats.divisible for _, stats in inputs.values())
@@ -187,16 +186,17 @@ class Replay:
         batches: range,
         streams: Mapping[str, str],
     ) -> "Part":
-        """A part of what `observe` does, with a block and statistics of its own; the numbers are the block's."""
-        numbers = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
-        own = copy.deepcopy(block, numbers)
-        apart = {key: (path, copy.deepcopy(stats)) for key, (path, stats) in inputs.items()}
+        """A part of what `observe` does; all but the first have their own block, with its numbers, and statistics."""
+        own, apart = block, inputs
+        if batches.start:
+            own = copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
+            apart = {key: (path, copy.deepcopy(stats)) for key, (path, stats) in inputs.items()}
 
         def run(goes_on: Callable[[], bool]) -> None:
             self._observe(own, apart, advance, batches, None, streams, goes_on)
 
         def done() -> None:
-            for key, (_, stats) in inputs.items():
+            for key, (_, stats) in inputs.items() if batches.start else ():
                 stats.merge(apart[key][1])
 
         return Part(run, done)

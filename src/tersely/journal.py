@@ -112,9 +112,8 @@ class Journal:
         """Start, or go on with, a run; True if there was one.  Raises CheckpointError where `out` is something else."""
         started = self.folder / STARTED
         if self._stale:
-            commit_text(
-                started, json.dumps({"fingerprint": "", "weights": None})
-            )  # stopped now, nothing goes on from it
+            # stopped from here on, nothing goes on from what is left
+            commit_text(started, json.dumps({"fingerprint": "", "weights": None}))
             for path in [*self.folder.parent.iterdir(), *self.folder.iterdir()]:
                 if path not in (self.folder, self.renamed, self.folder / LOCK, started):
                     _remove(path)
