@@ -18,8 +18,8 @@ from tersely.anatomy import Anatomy, anatomy_of
 from tersely.calibrate import ENOUGH, Blocks, Replay, StatisticsStore, Windows, read_windows, stream_list, watch_list
 from tersely.checkpoint import ForeignNamesError, Source, open_source
 from tersely.errors import NumericalError, RecipeError
+from tersely.kernels import Quicker
 from tersely.kinds import LowRankLinear, Made
-from tersely.linalg.products import Quicker
 from tersely.opening import rewrite_names
 from tersely.recipe import Calibration
 from tersely.side_by_side import Part, side_by_side
@@ -420,13 +420,21 @@ def test_threads_have_no_more_statistics_than_fit(case, threads, monkeypatch):
     assert len(replay._parts(block, watched)) == 1
 
 
-def test_an_interrupt_ends_all_threads_soon():
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores interrupts."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_an_interrupt_ends_all_threads_soon(interruptible):
     begun, steps = Barrier(3), [0, 0]
 
     def part(number: int) -> Part:
         def run(goes_on: Callable[[], bool]) -> None:
             begun.wait()
-            while goes_on():
+            while goes_on() and steps[number] < 5000:
                 steps[number] += 1
                 sleep(0.001)
 

@@ -32,6 +32,7 @@ from tersely.estimate import estimate
 from tersely.export import export
 from tersely.gradients import gather
 from tersely.hf import manifest_config
+from tersely.kernels import Quicker
 from tersely.kinds import (
     Kind,
     LowRankLinear,
@@ -46,7 +47,6 @@ from tersely.kinds import (
     shared_from_factors,
 )
 from tersely.kinds.pivoted import BOUND
-from tersely.linalg.products import Quicker
 from tersely.linalg.truncation import output_basis
 from tersely.methods.low_rank.basis_sharing import BasisSharing
 from tersely.methods.low_rank.joint import JointRank

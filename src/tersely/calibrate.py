@@ -27,8 +27,8 @@ from tersely.anatomy import Anatomy, Site
 from tersely.checkpoint import Source, State, fill
 from tersely.errors import NumericalError, RecipeError
 from tersely.journal import commit_tensors, read_tensors, reading
+from tersely.kernels import Quicker
 from tersely.kinds import Made, SharedLinear, link, orphans, owner_of
-from tersely.linalg.products import Quicker
 from tersely.recipe import Calibration
 from tersely.side_by_side import Part, ranges, side_by_side
 from tersely.stats import STATISTICS, Statistic, Stats, keyed_by

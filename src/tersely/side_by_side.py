@@ -6,12 +6,15 @@ PyTorch computes.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Event
 
 import torch
+
+INTERRUPTIBLE = 0.2
+"""Seconds after which an interrupt is noticed at the latest."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,10 @@ def side_by_side(parts: Sequence[Part]) -> None:
     try:
         with ThreadPoolExecutor(len(parts), "part", torch.set_num_threads, (1,)) as pool:
             try:
-                for one in [pool.submit(run, part) for part in parts]:
+                running = [pool.submit(run, part) for part in parts]
+                while wait(running, INTERRUPTIBLE).not_done:
+                    pass  # an interrupt that comes just before a wait is not noticed until it ends
+                for one in running:
                     one.result()
             except KeyboardInterrupt:
                 interrupted.set()

@@ -20,6 +20,7 @@ inside it the columns update each other one by one.  The result does not depend 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,6 +33,22 @@ LARGEST_DAMPING = 1.0
 Decide = Callable[[int, Tensor], Tensor]
 """(place in the order, the columns from this one to the end of its block, up to date, as rows ``[left, out]``) → the
 values ``[out]`` that this column takes."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns that are decided together, in the order of the sweep; columns of the weight are rows here."""
+
+    start: int
+    """Place of the first."""
+    columns: Float[Tensor, "count out"]
+    """W."""
+    left: Float[Tensor, "count out"]
+    """v as far as the blocks before determine it; whoever decides leaves v - w' here."""
+    off: Float[Tensor, "count out"]
+    """W - W' goes here."""
+    follows: Float[Tensor, "count count"]
+    """R_ij / R_ii: what an error in column j adds to v_i, for j < i; the rest is nobody's business."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +130,13 @@ def feedback(gram: Float[Tensor, "in in"], *, damping: float, loudest_first: boo
 
 def sweep(weight: Float[Tensor, "out in"], spread: Feedback, decide: Decide, *, block: int = 128) -> Swept:
     """Decide all columns.  What was decided only `decide` knows."""
+    return sweep_blocks(weight, spread, partial(one_by_one, decide), block=block)
+
+
+def sweep_blocks(
+    weight: Float[Tensor, "out in"], spread: Feedback, decide: Callable[[Block], None], *, block: int = 128
+) -> Swept:
+    """Likewise, by something that decides all columns of a block, of `block` columns or less."""
     columns = weight.T[spread.order].contiguous()
     own = spread.own.to(weight.dtype)
     follows = (spread.root / spread.own[:, None]).to(weight.dtype)
@@ -120,14 +144,19 @@ def sweep(weight: Float[Tensor, "out in"], spread: Feedback, decide: Decide, *, 
     for start in range(0, len(columns), block):
         end = min(start + block, len(columns))
         left = torch.addmm(columns[start:end], follows[start:end, :start], off[:start])
-        inside = follows[start:end, start:end].T.contiguous()
-        # views are made all at once: one by one they would take as long as the sums
-        rows = zip(columns[start:end].unbind(), off[start:end].unbind(), inside.unbind(), strict=True)
-        taken = []
-        for i, (column, decided, shares) in enumerate(rows):
-            taken.append(decide(start + i, left[i:]))
-            torch.sub(column, taken[i], out=decided)
-            left[i + 1 :].addr_(shares[i + 1 :], decided)
-        left -= torch.stack(taken)
+        decide(Block(start, columns[start:end], left, off[start:end], follows[start:end, start:end]))
         cost += torch.linalg.vector_norm(left.mul_(own[start:end, None]), dtype=torch.float64) ** 2
     return Swept(off, float(cost))
+
+
+def one_by_one(decide: Decide, block: Block) -> None:
+    """A block whose columns are decided one after another."""
+    left, inside = block.left, block.follows.T.contiguous()
+    # views are made all at once: one by one they would take as long as the sums
+    rows = zip(block.columns.unbind(), block.off.unbind(), inside.unbind(), strict=True)
+    taken = []
+    for i, (column, off, shares) in enumerate(rows):
+        taken.append(decide(block.start + i, left[i:]))
+        torch.sub(column, taken[i], out=off)
+        left[i + 1 :].addr_(shares[i + 1 :], off)
+    left -= torch.stack(taken)

@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -28,9 +29,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tersely.errors import NumericalError, RecipeError
+from tersely.kernels import Rounding, round_block
 from tersely.kinds.quantized import QuantizedLinear
-from tersely.linalg.grid import Form, Grid, fit_grid, group_size, wide
-from tersely.linalg.hessian import Feedback, feedback, sweep
+from tersely.linalg.grid import Form, Grid, fit_grid, wide
+from tersely.linalg.hessian import Feedback, feedback, sweep_blocks
 from tersely.methods.quantize.widths import StoredScale, check_grid, check_scale, width_of, width_sizes
 from tersely.option import Option
 from tersely.stats import Gram, Statistic, Stats
@@ -134,23 +136,9 @@ def rounded_with_feedback(
     Scales of columns need no Hessian of their own: with W / t and diag(t) H diag(t) every e_i would be the same.
     Raises NumericalError where the feedback leaves the finite numbers.
     """
-    scales = grid.scales.values().to(weight.dtype).T.contiguous().unbind()
-    zeros = grid.zeros(weight.dtype).T.contiguous().unbind()
-    stretch = None if grid.columns is None else grid.columns.values().to(weight.dtype).tolist()
-    columns, size = spread.order.tolist(), group_size(weight.shape[1], grid.group)
-    codes = torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device)
-    code_of = codes.unbind()  # writing to a view costs half of writing to an index
-
-    def decide(place: int, left: Tensor) -> Tensor:
-        column = columns[place]
-        scale, zero = scales[column // size], zeros[column // size]
-        code = grid.codes(left[0] if stretch is None else left[0] / stretch[column], scale, zero)
-        code_of[column].copy_(code)
-        value = grid.placed(code, weight.dtype).sub_(zero).mul_(scale)
-        return value if stretch is None else value.mul_(stretch[column])
-
-    lost = sweep(weight, spread, decide, block=block).loss(spread)
-    codes = codes.T.contiguous()
+    rounding = Rounding.of(grid, weight, spread.order)
+    lost = sweep_blocks(weight, spread, partial(round_block, rounding), block=block).loss(spread)
+    codes = rounding.codes.T.contiguous()
     if not math.isfinite(lost):
         raise NumericalError("the error feedback diverged; give a larger damping, or round to nearest")
     return codes, lost

@@ -5,18 +5,16 @@ products of 16 bits to oneDNN, which asks the processor what it can do.  oneDNN 
 twice as fast on an EPYC with AVX-512.  Rows have to lie one behind the other: of a transposed matrix it takes a hundred
 times as long.
 
-It is meant for the forward pass of calibration.  Long sums it rounds three times as coarsely (1e-6 where MKL has 3e-7,
+Long sums it rounds three times as coarsely (1e-6 where MKL has 3e-7,
 of √(Gᵢᵢ Gⱼⱼ) over thousands of tokens), so that Gram matrices stay with MKL.
 """
-
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from tersely.kernels.choice import fast_allowed
 
 QUICKER = (
     torch.backends.mkldnn.is_available()
@@ -30,21 +28,8 @@ def linear(
     input: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*batch out"]:
     """x Wᵀ + bias, dtypes and devices all the same; the parameters have PyTorch's names."""
-    if not QUICKER or input.dtype != torch.float32 or input.device.type != "cpu":
+    if not QUICKER or not fast_allowed() or input.dtype != torch.float32 or input.device.type != "cpu":
         return functional.linear(input, weight, bias)
     laid_out = input.contiguous(), weight.contiguous()
     product: Tensor = torch.ops.mkldnn._linear_pointwise(*laid_out, bias, "none", [], "")
     return product
-
-
-class Quicker(TorchFunctionMode):
-    """Within, whatever calls `torch.nn.functional.linear`, modules of any kind among them, gets the product above."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        return (linear if func is functional.linear else func)(*args, **(kwargs or {}))
