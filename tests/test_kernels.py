@@ -11,10 +11,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tersely.errors import NumericalError
 from tersely.kernels import (
-    Rounding,
     attention,
+    best_ranges,
     causal_attention,
     native,
+    ranges,
     reference_only,
     round_block,
     rounding,
@@ -36,13 +37,13 @@ def spread_of(width: int):
 
 
 def swept(weight, grid, spread, block=128):
-    rounding = Rounding.of(grid, weight, spread.order)
+    rounding = grid.rounding(weight, spread.order)
     done = sweep_blocks(weight, spread, partial(round_block, rounding), block=block)
     return rounding.codes, done.off, done.cost
 
 
 def forget():
-    for kept in (native.library, native._compiler, attention._entry, rounding._entry):
+    for kept in (native.library, native._compiler, attention._entry, ranges._entry, rounding._entry):
         if hasattr(kept, "cache_clear"):  # what a test has put there goes by itself
             kept.cache_clear()
 
@@ -118,6 +119,50 @@ def test_what_is_not_finite_is_refused_by_either(wrong):
         rounded_with_feedback(weight, grid, spread)
     with reference_only(), pytest.raises(NumericalError, match="diverged"):
         rounded_with_feedback(weight, grid, spread)
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+def lost(weight, grid):
+    return float((weight - grid.levels(grid.nearest(weight))).double().abs().pow(2.4).sum())
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1), (3, 70), (40, 128), (7, 1000)])
+@pytest.mark.parametrize(
+    ("bits", "group", "form"),
+    [(2, 0, "asymmetric"), (3, 16, "symmetric"), (4, 33, "symmetric_full"), (8, 64, "asymmetric")],
+)
+def test_ranges_are_those_of_the_reference(shape, bits, group, form):
+    weight = normal(*shape) * normal(shape[0], 1, seed=1)
+    weight[0, 0] = 0
+    assert ranges._entry() is not None
+    found = fit_grid(weight, bits, group, form, shrink=True)
+    with reference_only():
+        expected = fit_grid(weight, bits, group, form, shrink=True)
+    same = (found.scales.raw == expected.scales.raw).double().mean()
+    assert same > 0.99 or found.scales.raw.numel() < 100  # of two that are as good as equal either may be taken
+    assert lost(weight, found) == pytest.approx(lost(weight, expected), rel=1e-5, abs=1e-12)
+
+
+@needs_compiler
+def test_of_many_grids_the_first_of_the_best_is_taken(monkeypatch):
+    """Against brute force, grids of random scales and zero points, and on many threads."""
+    weight = normal(9, 50)
+    scales, zeros = normal(6, 9, 3, seed=1).abs() + 0.05, normal(6, 9, 3, seed=2).mul(3).round().clamp(0, 7)
+    scales[4], zeros[4] = scales[1], zeros[1]
+    padded = torch.nn.functional.pad(weight, (0, 7)).view(1, 9, 3, 19).double()
+    s, z = scales.double()[..., None], zeros.double()[..., None]
+    errors = (padded - (((padded / s).round() + z).clamp(0, 7) - z) * s).abs().pow(2.4).sum(-1)
+    wanted = errors.argmin(0)
+    assert (wanted != 4).all()
+    assert torch.equal(best_ranges(weight, scales, zeros, size=19, top=7), wanted)
+    monkeypatch.setattr(ranges, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 20)
+    assert torch.equal(best_ranges(weight, scales, zeros, size=19, top=7), wanted)
+    with reference_only():
+        assert torch.equal(best_ranges(weight, scales, zeros, size=19, top=7), wanted)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -208,7 +253,10 @@ def test_code_for_any_processor_gives_the_same(fresh, monkeypatch, flag):
         expected, wanted, _ = swept(weight, grid, spread)
     assert torch.equal(codes, expected)
     torch.testing.assert_close(off, wanted)
-    assert len(list(fresh.iterdir())) == 2
+    shrunk = fit_grid(weight, 3, 16, shrink=True)
+    with reference_only():
+        assert lost(weight, shrunk) == pytest.approx(lost(weight, fit_grid(weight, 3, 16, shrink=True)), rel=1e-5)
+    assert len(list(fresh.iterdir())) == 3
 
 
 @needs_compiler

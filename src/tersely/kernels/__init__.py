@@ -8,6 +8,19 @@ from tersely.kernels.attention import causal_attention
 from tersely.kernels.choice import reference_only
 from tersely.kernels.products import linear
 from tersely.kernels.quicker import Quicker
-from tersely.kernels.rounding import Rounding, round_block
+from tersely.kernels.ranges import best_ranges
+from tersely.kernels.rounding import Block, Decide, Rounding, nearest_codes, one_by_one, round_block
 
-__all__ = ["Quicker", "Rounding", "causal_attention", "linear", "reference_only", "round_block"]
+__all__ = [
+    "Block",
+    "Decide",
+    "Quicker",
+    "Rounding",
+    "best_ranges",
+    "causal_attention",
+    "linear",
+    "nearest_codes",
+    "one_by_one",
+    "reference_only",
+    "round_block",
+]

@@ -4,44 +4,25 @@
 // weights in the cache, and nothing beyond the last key that one of them may see is ever multiplied.  Keys are laid out
 // once in strips, channel by channel, so that a strip's keys are lanes; values are laid out token by token.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "lanes.h"
+
 #include <limits>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int64_t LANES = 16, QUERIES = 8;
-#elif defined(__AVX__)
-constexpr int64_t LANES = 8, QUERIES = 4;
+constexpr int64_t QUERIES = 8;
 #else
-constexpr int64_t LANES = 4, QUERIES = 4;
+constexpr int64_t QUERIES = 4;
 #endif
 constexpr int64_t STRIP = 2 * LANES;
 
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
-
-Floats load(const float* from) {
-    Floats of;
-    std::memcpy(&of, from, sizeof of);
-    return of;
-}
-
-void store(float* to, Floats of) { std::memcpy(to, &of, sizeof of); }
-
 // e^x for x <= 0, to a few 1e-8; what is not a number stays that, and what float32 cannot hold becomes 0
 Floats exponential(Floats x) {
-    constexpr float ROUNDS = 12582912.0f;  // 1.5 · 2^23: nothing behind the point is left beside it
     const Floats none = {};
     const auto gone = x < none - 87.0f;
     x = gone ? none : x;
-    const Floats power = (x * 1.44269504f + ROUNDS) - ROUNDS;
+    const Floats power = rounded(x * 1.44269504f);
     const Floats rest = (x - power * 0.693359375f) + power * 2.12194440e-4f;  // ln 2 in two parts
     Floats sum = none + 1.98756915e-4f;  // Cephes' expf
     sum = sum * rest + 1.39819995e-3f;
@@ -50,10 +31,7 @@ Floats exponential(Floats x) {
     sum = sum * rest + 1.66666654e-1f;
     sum = sum * rest + 0.5f;
     sum = sum * rest * rest + rest + 1.0f;
-    const Integers bits = (__builtin_convertvector(power, Integers) + 127) << 23;
-    Floats scale;
-    std::memcpy(&scale, &bits, sizeof scale);
-    return gone ? none : sum * scale;
+    return gone ? none : sum * as_floats((__builtin_convertvector(power, Integers) + 127) << 23);
 }
 
 struct Strides {
@@ -125,9 +103,7 @@ float weigh(float* products, int64_t seen, int64_t end) {
         store(products + key, weight);
         sum += weight;
     }
-    float whole = 0;
-    for (int64_t lane = 0; lane < LANES; ++lane) whole += sum[lane];
-    return whole;
+    return total(sum);
 }
 
 template <int64_t VECTORS>
@@ -188,14 +164,7 @@ void attend_some(const Attention& of, int64_t start, int64_t end) {
 
 }  // namespace
 
-// Whether the processor that this was compiled for multiplies and adds at once; without, PyTorch's own is faster.
-extern "C" int64_t worth_it() {
-#ifdef FP_FAST_FMAF
-    return 1;
-#else
-    return 0;
-#endif
-}
+extern "C" int64_t worth_it() { return FUSES; }
 
 // Strides, in numbers: batch, head, token; channels lie one behind the other.
 extern "C" void causal_attention(const float* queries, const float* keys, const float* values, float* out,
@@ -204,16 +173,5 @@ extern "C" void causal_attention(const float* queries, const float* keys, const 
     const auto at = [strides](int64_t of) { return Strides{strides[3 * of], strides[3 * of + 1], strides[3 * of + 2]}; };
     const Attention of{queries, keys,  values, out,    at(0),  at(1),       at(2), at(3),
                        batches, heads, shared, length, width,  value_width, scale};
-    const int64_t all = batches * (heads / shared), share = (all + threads - 1) / threads;
-    std::vector<std::thread> others;
-    for (int64_t start = share; start < all; start += share) {
-        const auto part = [&of, start, share, all] { attend_some(of, start, std::min(start + share, all)); };
-        try {
-            others.emplace_back(part);
-        } catch (const std::system_error&) {
-            part();  // the system has no more threads to give
-        }
-    }
-    attend_some(of, 0, std::min(share, all));
-    for (auto& other : others) other.join();
+    divide(batches * (heads / shared), 1, threads, [&of](int64_t start, int64_t end) { attend_some(of, start, end); });
 }

@@ -1,8 +1,8 @@
 """C++ beside the package, compiled on first use.
 
-A source has a plain C interface and no headers but the standard library's, so that it takes a second; it is called on
-the addresses of tensors.  What was built is kept below the user's cache folder under a hash of the source, the
-compiler, its flags and what the processor can do, since code is made for the processor at hand.
+A source has a plain C interface and includes nothing but `lanes.h` and the standard library, so that it takes a second
+or two; it is called on the addresses of tensors.  What was built is kept below the user's cache folder under a hash of
+the source, the compiler, its flags and what the processor can do, since code is made for the processor at hand.
 
 Without a compiler, or where it fails, the references run, and one line says so.
 """
@@ -33,6 +33,7 @@ FLAGS = (
     "-pthread",
 )
 FOR_THIS_PROCESSOR = "-march=native"
+HEADER = "lanes.h"
 LONGEST_BUILD = 120
 """Seconds after which a compiler is given up."""
 
@@ -40,12 +41,20 @@ LONGEST_BUILD = 120
 @cache
 def library(name: str, *flags: str) -> ctypes.CDLL | None:
     """The functions of `NAME.cpp`, or None, with a line in the log, where they cannot be had."""
-    source = Path(__file__).with_name(f"{name}.cpp").read_bytes()
+    source = Path(__file__).with_name(f"{name}.cpp")
     compiler = _compiler()
     if not compiler:
         return None
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tersely" / "kernels"
-    said = (source.decode(), *compiler, *FLAGS, *flags, platform.machine(), _processor())
+    said = (
+        source.read_bytes(),
+        source.with_name(HEADER).read_bytes(),
+        *compiler,
+        *FLAGS,
+        *flags,
+        platform.machine(),
+        _processor(),
+    )
     built = folder / f"{name}-{hashlib.sha256(repr(said).encode()).hexdigest()[:24]}.so"
     with suppress(OSError):  # not there yet, or not whole
         return ctypes.CDLL(str(built))
@@ -63,13 +72,12 @@ def library(name: str, *flags: str) -> ctypes.CDLL | None:
         return None
 
 
-def _build(command: list[str], source: bytes, built: Path) -> None:
+def _build(command: list[str], source: Path, built: Path) -> None:
     """Whole or not at all: several processes may do this at once."""
     built.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        code, made = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        code.write_bytes(source)
-        command = [*command, str(code), "-o", str(made)]
+        made = Path(folder, "kernel.so")
+        command = [*command, str(source), "-o", str(made)]
         tried = subprocess.run(
             [*command, FOR_THIS_PROCESSOR], capture_output=True, text=True, timeout=LONGEST_BUILD, check=False
         )

@@ -5,16 +5,11 @@
 // the reference's order, and fuses products and sums where the processor does that at once, as PyTorch does with whole
 // vectors: errors are the reference's but for the last bits of the rows that do not fill one.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
+#include "lanes.h"
 
 namespace {
 
-constexpr int64_t LANES = 64;
+constexpr int64_t ROWS = 64;  // at a time
 
 template <typename real>
 struct Block {
@@ -45,29 +40,29 @@ real fused(real a, real b, real c) {  // a b + c
 
 template <typename real>
 void round_rows(const Block<real>& block, int64_t start, int64_t end) {
-    std::vector<real> errors(block.count * LANES);
-    for (int64_t first = start; first < end; first += LANES) {
-        const int64_t lanes = std::min(LANES, end - first);
+    std::vector<real> errors(block.count * ROWS);
+    for (int64_t first = start; first < end; first += ROWS) {
+        const int64_t lanes = std::min(ROWS, end - first);
         for (int64_t i = 0; i < block.count; ++i) {
             const int64_t at = i * block.rows + first, place = block.places[i];
             const int64_t group = place / block.size * block.rows + first;
-            real sum[LANES] = {}, scale[LANES], zero[LANES], weight[LANES], taken[LANES];
-            uint8_t code[LANES];
-            std::fill_n(scale, LANES, real(1));
-            std::fill_n(zero, LANES, real(0));
-            std::fill_n(weight, LANES, real(0));
+            real sum[ROWS] = {}, scale[ROWS], zero[ROWS], weight[ROWS], taken[ROWS];
+            uint8_t code[ROWS];
+            std::fill_n(scale, ROWS, real(1));
+            std::fill_n(zero, ROWS, real(0));
+            std::fill_n(weight, ROWS, real(0));
             std::copy_n(block.left + at, lanes, sum);
             std::copy_n(block.scales + group, lanes, scale);
             std::copy_n(block.zeros + group, lanes, zero);
             std::copy_n(block.columns + at, lanes, weight);
             for (int64_t j = 0; j < i; ++j) {
                 const real share = block.follows[i * block.stride + j];
-                const real* error = errors.data() + j * LANES;
-                for (int64_t lane = 0; lane < LANES; ++lane) sum[lane] = fused(share, error[lane], sum[lane]);
+                const real* error = errors.data() + j * ROWS;
+                for (int64_t lane = 0; lane < ROWS; ++lane) sum[lane] = fused(share, error[lane], sum[lane]);
             }
             const real stretch = block.stretch ? block.stretch[place] : real(1);
-            real* error = errors.data() + i * LANES;
-            for (int64_t lane = 0; lane < LANES; ++lane) {
+            real* error = errors.data() + i * ROWS;
+            for (int64_t lane = 0; lane < ROWS; ++lane) {
                 const real steps = sum[lane] / stretch / scale[lane];
                 real level = block.free ? std::nearbyint(steps + zero[lane]) : std::nearbyint(steps) + zero[lane];
                 level = level < real(0) ? real(0) : level;  // so written, what is not a number stays that
@@ -84,32 +79,15 @@ void round_rows(const Block<real>& block, int64_t start, int64_t end) {
     }
 }
 
-template <typename real>
-void round_block(const Block<real>& block, int64_t threads) {
-    const int64_t tiles = (block.rows + LANES - 1) / LANES;
-    const int64_t share = (tiles + threads - 1) / threads * LANES;
-    std::vector<std::thread> others;
-    for (int64_t start = share; start < block.rows; start += share) {
-        const auto part = [&block, start, share] { round_rows(block, start, std::min(start + share, block.rows)); };
-        try {
-            others.emplace_back(part);
-        } catch (const std::system_error&) {
-            part();  // the system has no more threads to give
-        }
-    }
-    round_rows(block, 0, std::min(share, block.rows));
-    for (auto& other : others) other.join();
-}
-
 }  // namespace
 
 #define ROUND_BLOCK(name, real)                                                                                        \
     extern "C" void name(int64_t count, int64_t rows, const real* columns, real* left, real* off, const real* follows, \
                          int64_t stride, const real* scales, const real* zeros, int64_t size, const real* stretch,     \
                          const int64_t* places, uint8_t* codes, int64_t top, int64_t free, int64_t threads) {          \
-        round_block<real>({count, rows, columns, left, off, follows, stride, scales, zeros, size, stretch, places,     \
-                           codes, static_cast<real>(top), free != 0},                                                  \
-                          threads);                                                                                    \
+        const Block<real> block{count, rows, columns, left, off, follows, stride, scales, zeros, size, stretch,        \
+                                places, codes, static_cast<real>(top), free != 0};                                     \
+        divide(rows, ROWS, threads, [&block](int64_t start, int64_t end) { round_rows(block, start, end); });          \
     }
 
 ROUND_BLOCK(round_block_float32, float)

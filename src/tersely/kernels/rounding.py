@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Self
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -17,19 +17,55 @@ from torch import Tensor
 
 from tersely.kernels.choice import fast_allowed
 from tersely.kernels.native import library
-from tersely.linalg.grid import Grid, group_size
-from tersely.linalg.hessian import Block, one_by_one
 
 ENTRY = {torch.float32: "round_block_float32", torch.float64: "round_block_float64"}
 WORTH_A_THREAD = 2**22
 """Products that take a good part of a millisecond; starting a thread takes a few hundredths."""
 
 
+Decide = Callable[[int, Tensor], Tensor]
+"""(place in the order, the columns from this one to the end of its block, up to date, as rows ``[left, out]``) → the
+values ``[out]`` that this column takes."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns that are decided together, in the order of the sweep; columns of the weight are rows here."""
+
+    start: int
+    """Place of the first."""
+    columns: Float[Tensor, "count out"]
+    """W."""
+    left: Float[Tensor, "count out"]
+    """v as far as the blocks before determine it; whoever decides leaves v - w' here."""
+    off: Float[Tensor, "count out"]
+    """W - W' goes here."""
+    follows: Float[Tensor, "count count"]
+    """R_ij / R_ii: what an error in column j adds to v_i, for j < i; the rest is nobody's business."""
+
+
+class Levels(Protocol):
+    """What columns are rounded to; see `linalg.grid.Grid`."""
+
+    @property
+    def top(self) -> int: ...
+
+    @property
+    def integers(self) -> bool: ...
+
+    @property
+    def free(self) -> bool: ...
+
+    def codes(self, values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor: ...
+
+    def placed(self, codes: Tensor, dtype: torch.dtype) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Rounding:
     """A grid laid out column by column, and the codes that a sweep finds."""
 
-    grid: Grid
+    levels: Levels
     size: int
     """Columns of a group."""
     order: Int64[Tensor, " in"]
@@ -40,18 +76,6 @@ class Rounding:
     """Scales of columns; on the processor."""
     codes: UInt8[Tensor, "in out"]
     """The columns in the order of the weight."""
-
-    @classmethod
-    def of(cls, grid: Grid, weight: Float[Tensor, "out in"], order: Int64[Tensor, " in"]) -> Self:
-        return cls(
-            grid,
-            group_size(weight.shape[1], grid.group),
-            order.cpu().contiguous(),
-            grid.scales.values().to(weight.dtype).T.contiguous(),
-            grid.zeros(weight.dtype).T.contiguous(),
-            None if grid.columns is None else grid.columns.values().to("cpu", weight.dtype).contiguous(),
-            torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device),
-        )
 
 
 def round_block(rounding: Rounding, block: Block) -> None:
@@ -69,12 +93,34 @@ def reference(rounding: Rounding, block: Block) -> None:
         column = places[place - block.start]
         scale, zero = scales[column // rounding.size], zeros[column // rounding.size]
         value = left[0] if stretch is None else left[0] / stretch[column]
-        code = rounding.grid.codes(value, scale, zero)
+        code = rounding.levels.codes(value, scale, zero)
         codes[column].copy_(code)
-        level = rounding.grid.placed(code, value.dtype).sub_(zero).mul_(scale)
+        level = rounding.levels.placed(code, value.dtype).sub_(zero).mul_(scale)
         return level if stretch is None else level.mul_(stretch[column])
 
     one_by_one(decide, block)
+
+
+def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor, top: int, *, free: bool = False) -> Tensor:
+    """clamp(round(w / s) + z, 0, top), in the dtype of `values`.  Whoever rounds goes through here, bit for bit.
+
+    free: zero points are no codes, and are added before rounding.
+    """
+    steps = values / scales
+    return (steps.add_(zeros).round_() if free else steps.round_().add_(zeros)).clamp_(0, top)
+
+
+def one_by_one(decide: Decide, block: Block) -> None:
+    """A block whose columns are decided one after another."""
+    left, inside = block.left, block.follows.T.contiguous()
+    # views are made all at once: one by one they would take as long as the sums
+    rows = zip(block.columns.unbind(), block.off.unbind(), inside.unbind(), strict=True)
+    taken = []
+    for i, (column, off, shares) in enumerate(rows):
+        taken.append(decide(block.start + i, left[i:]))
+        torch.sub(column, taken[i], out=off)
+        left[i + 1 :].addr_(shares[i + 1 :], off)
+    left -= torch.stack(taken)
 
 
 def native(rounding: Rounding, block: Block) -> None:
@@ -82,7 +128,6 @@ def native(rounding: Rounding, block: Block) -> None:
     assert run is not None, "see _native_supports"
     count, rows = block.columns.shape
     threads = max(1, min(torch.get_num_threads(), count * count * rows // WORTH_A_THREAD))
-    free = rounding.grid.zero is not None and rounding.grid.zero.dtype != torch.uint8
     run(
         count,
         rows,
@@ -97,8 +142,8 @@ def native(rounding: Rounding, block: Block) -> None:
         None if rounding.stretch is None else rounding.stretch.data_ptr(),
         rounding.order[block.start :].data_ptr(),
         rounding.codes.data_ptr(),
-        rounding.grid.top,
-        free,
+        rounding.levels.top,
+        rounding.levels.free,
         threads,
     )
 
@@ -106,7 +151,7 @@ def native(rounding: Rounding, block: Block) -> None:
 def _native_supports(rounding: Rounding, block: Block) -> bool:
     return (
         fast_allowed()
-        and rounding.grid.table is None
+        and rounding.levels.integers
         and block.left.device.type == "cpu"
         and block.left.dtype in ENTRY
         and block.columns.is_contiguous()

@@ -34,6 +34,7 @@ A group of zeros has no range; it takes the largest scale of the weight, so that
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Self, get_args
 
 import torch
@@ -42,6 +43,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tersely.errors import NumericalError
+from tersely.kernels import Rounding, best_ranges, nearest_codes
 from tersely.linalg.levels import bits_of, levels_of, nearest_levels, reach_of
 
 Form = Literal["asymmetric", "symmetric", "symmetric_full"]
@@ -72,11 +74,9 @@ FARTHEST_ZERO = 1024.0
 LOWEST_EXPONENT = -102  # the smallest float16 times this power of two is still a normal float32
 
 AT_ONCE = 2**17
-"""Weights whose grids are searched for together: what a processor's cache holds of the few tensors that it takes."""
+"""Weights whose grids are searched for together: what a processor's cache holds of the few tensors that HQQ takes, and
+a bound on the eighty grids that a search for ranges has in memory."""
 SHRINKS = tuple(1 - percent / 100 for percent in range(1, 80))
-SHRINK_NORM = (
-    2.4  # GPTQ's exponent of the error that the search minimises: outliers count a little more than in squares
-)
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,16 @@ class Grid:
         """The highest code."""
         return 2**self.bits - 1
 
+    @property
+    def integers(self) -> bool:
+        """Levels are 0 to `top`."""
+        return self.table is None
+
+    @property
+    def free(self) -> bool:
+        """Zero points are no codes."""
+        return self.zero is not None and self.zero.dtype != torch.uint8
+
     def zeros(self, dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
         """The code or level that stands for 0, everywhere."""
         if self.zero is None:
@@ -190,8 +200,7 @@ class Grid:
         """The codes nearest to values whose columns are not scaled, with these scales and zero points; of integers in
         the dtype of the values.  Whoever rounds goes through here, bit for bit."""
         if self.table is None:
-            free = self.zero is not None and self.zero.dtype != torch.uint8
-            return nearest_codes(values, scales, zeros, self.top, free=free)
+            return nearest_codes(values, scales, zeros, self.top, free=self.free)
         return nearest_levels((values / scales).add_(zeros), self.table)
 
     def placed(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,6 +209,18 @@ class Grid:
             return codes.to(dtype)
         return levels_of(self.table, dtype, codes.device)[codes.int()]
 
+    def rounding(self, weight: Float[Tensor, "rows columns"], order: Int[Tensor, " columns"]) -> Rounding:
+        """Laid out for a sweep over the columns of a weight in some order."""
+        return Rounding(
+            self,
+            group_size(weight.shape[1], self.group),
+            order.cpu().contiguous(),
+            self.scales.values().to(weight.dtype).T.contiguous(),
+            self.zeros(weight.dtype).T.contiguous(),
+            None if self.columns is None else self.columns.values().to("cpu", weight.dtype).contiguous(),
+            torch.empty(weight.T.shape, dtype=torch.uint8, device=weight.device),
+        )
+
     def levels(self, codes: UInt8[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """What codes stand for, exactly, in float32."""
         values = in_groups(self.placed(codes, torch.float32), self.group)
@@ -207,15 +228,6 @@ class Grid:
             values.sub_(self.zeros(torch.float32)[..., None])
         values = values.mul_(self.scales.values()[..., None]).flatten(1)[:, : codes.shape[1]]
         return values if self.columns is None else values * self.columns.values()
-
-
-def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor, top: int, *, free: bool = False) -> Tensor:
-    """clamp(round(w / s) + z, 0, top), in the dtype of `values`.  Whoever rounds goes through here, bit for bit.
-
-    free: zero points are no codes, and are added before rounding.
-    """
-    steps = values / scales
-    return (steps.add_(zeros).round_() if free else steps.round_().add_(zeros)).clamp_(0, top)
 
 
 def without_columns(weight: Float[Tensor, "rows columns"], columns: Scales | None) -> Float[Tensor, "rows columns"]:
@@ -270,64 +282,52 @@ def fit_grid(
         high = torch.maximum(-low, high)
         low = -high
     if not shrink:
-        return replace(_between(low, high, bits, group, form, format, None), columns=columns)
+        return Grid(bits, group, *_between(low, high, bits, form, format, None), None, columns)
     searched: ScaleFormat = "float16" if SCALE_FORMATS[format][1] == torch.uint8 else format
-    grid = _between(low, high, bits, group, form, searched, None)
+    exponent = _between(low, high, bits, form, searched, None)[0].exponent
     rows = max(1, AT_ONCE // max(1, scaled.shape[1]))
+    size = group_size(scaled.shape[1], group)
+    between = partial(_between, bits=bits, form=form, format=searched, exponent=exponent)
     parts = [
-        _shrunk(*part, lambda low, high: _between(low, high, bits, group, form, searched, grid.scales.exponent))
+        _shrunk(*part, bits, size, between)
         for part in zip(scaled.split(rows), low.split(rows), high.split(rows), strict=True)
     ]
-    scales = replace(grid.scales, raw=torch.cat([part.scales.raw for part in parts]))
-    zeros = [part.zero for part in parts if part.zero is not None]
-    return Grid(
-        bits,
-        group,
-        scales if searched == format else Scales.of(scales.values(), format),
-        torch.cat(zeros) if zeros else None,
-        None,
-        columns,
-    )
+    scales = Scales(torch.cat([scales.raw for scales, _ in parts]), searched, exponent)
+    zeros = [zero for _, zero in parts if zero is not None]
+    kept = scales if searched == format else Scales.of(scales.values(), format)
+    return Grid(bits, group, kept, torch.cat(zeros) if zeros else None, None, columns)
+
+
+Ranges = tuple[Scales, Tensor | None]
+"""Scales and zero points of some groups, of any shape."""
 
 
 def _shrunk(
     weight: Float[Tensor, "rows columns"],
     low: Float[Tensor, "rows groups"],
     high: Float[Tensor, "rows groups"],
-    between: Callable[[Tensor, Tensor], Grid],
-) -> Grid:
-    """Of some rows, the grid of the best factor of every group."""
-
-    def lost(grid: Grid) -> Float[Tensor, "rows groups"]:
-        off = (weight - grid.levels(grid.nearest(weight))).abs_()
-        # |x|^p by way of logarithms, which is several times faster than as a power
-        return in_groups(off.log2_().mul_(SHRINK_NORM).exp2_(), grid.group).sum(-1)
-
-    best = between(low, high)
-    least = lost(best)
-    for factor in SHRINKS:
-        tried = between(low * factor, high * factor)
-        error = lost(tried)
-        better = error < least
-        least = torch.where(better, error, least)
-        raw = torch.where(better, tried.scales.raw, best.scales.raw)
-        zero = None if best.zero is None or tried.zero is None else torch.where(better, tried.zero, best.zero)
-        best = replace(best, scales=replace(best.scales, raw=raw), zero=zero)
-    return best
+    bits: int,
+    size: int,
+    between: Callable[[Tensor, Tensor], Ranges],
+) -> Ranges:
+    """Of some rows, the best factor of every group."""
+    factors = torch.tensor((1.0, *SHRINKS), dtype=low.dtype, device=low.device)[:, None, None]
+    tried, zero = between(low * factors, high * factors)
+    scales = tried.values().to(weight.dtype)
+    zeros = torch.full_like(scales, 2 ** (bits - 1)) if zero is None else zero.to(weight.dtype)
+    best = best_ranges(weight, scales, zeros, size=size, top=2**bits - 1)[None]
+    return replace(tried, raw=tried.raw.gather(0, best)[0]), None if zero is None else zero.gather(0, best)[0]
 
 
-def _between(
-    low: Tensor, high: Tensor, bits: int, group: int, form: Form, format: ScaleFormat, exponent: int | None
-) -> Grid:
-    """The grid from `low` to `high`, each ``[rows, groups]``."""
+def _between(low: Tensor, high: Tensor, bits: int, form: Form, format: ScaleFormat, exponent: int | None) -> Ranges:
+    """The grid from `low` to `high`."""
     if form == "asymmetric":
         scales = Scales.of((high - low) / (2**bits - 1), format, exponent)
-        zero = (-low / scales.values().to(low.dtype)).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-        return Grid(bits, group, scales, zero)
+        return scales, (-low / scales.values().to(low.dtype)).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
     if bits < 2:
         raise ValueError("a symmetric grid of 1 bit has no level beside zero to speak of; wanted 2 bits or more")
     levels = 2 ** (bits - 1) - 1 if form == "symmetric" else (2**bits - 1) / 2
-    return Grid(bits, group, Scales.of(high / levels, format, exponent), None)
+    return Scales.of(high / levels, format, exponent), None
 
 
 def fit_table(

@@ -27,28 +27,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tersely.errors import NumericalError
+from tersely.kernels import Block, Decide, one_by_one
 
 LARGEST_DAMPING = 1.0
-
-Decide = Callable[[int, Tensor], Tensor]
-"""(place in the order, the columns from this one to the end of its block, up to date, as rows ``[left, out]``) → the
-values ``[out]`` that this column takes."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """Columns that are decided together, in the order of the sweep; columns of the weight are rows here."""
-
-    start: int
-    """Place of the first."""
-    columns: Float[Tensor, "count out"]
-    """W."""
-    left: Float[Tensor, "count out"]
-    """v as far as the blocks before determine it; whoever decides leaves v - w' here."""
-    off: Float[Tensor, "count out"]
-    """W - W' goes here."""
-    follows: Float[Tensor, "count count"]
-    """R_ij / R_ii: what an error in column j adds to v_i, for j < i; the rest is nobody's business."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +128,3 @@ def sweep_blocks(
         decide(Block(start, columns[start:end], left, off[start:end], follows[start:end, start:end]))
         cost += torch.linalg.vector_norm(left.mul_(own[start:end, None]), dtype=torch.float64) ** 2
     return Swept(off, float(cost))
-
-
-def one_by_one(decide: Decide, block: Block) -> None:
-    """A block whose columns are decided one after another."""
-    left, inside = block.left, block.follows.T.contiguous()
-    # views are made all at once: one by one they would take as long as the sums
-    rows = zip(block.columns.unbind(), block.off.unbind(), inside.unbind(), strict=True)
-    taken = []
-    for i, (column, off, shares) in enumerate(rows):
-        taken.append(decide(block.start + i, left[i:]))
-        torch.sub(column, taken[i], out=off)
-        left[i + 1 :].addr_(shares[i + 1 :], off)
-    left -= torch.stack(taken)

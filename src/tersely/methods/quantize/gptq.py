@@ -29,7 +29,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from tersely.errors import NumericalError, RecipeError
-from tersely.kernels import Rounding, round_block
+from tersely.kernels import round_block
 from tersely.kinds.quantized import QuantizedLinear
 from tersely.linalg.grid import Form, Grid, fit_grid, wide
 from tersely.linalg.hessian import Feedback, feedback, sweep_blocks
@@ -136,7 +136,7 @@ def rounded_with_feedback(
     Scales of columns need no Hessian of their own: with W / t and diag(t) H diag(t) every e_i would be the same.
     Raises NumericalError where the feedback leaves the finite numbers.
     """
-    rounding = Rounding.of(grid, weight, spread.order)
+    rounding = grid.rounding(weight, spread.order)
     lost = sweep_blocks(weight, spread, partial(round_block, rounding), block=block).loss(spread)
     codes = rounding.codes.T.contiguous()
     if not math.isfinite(lost):

@@ -34,8 +34,9 @@ from jaxtyping import Float, Int16
 from torch import Tensor
 
 from tersely.errors import RecipeError
+from tersely.kernels import nearest_codes
 from tersely.kinds.quantized import QuantizedLinear
-from tersely.linalg.grid import AT_ONCE, Grid, fit_grid, float_zeros, in_groups, nearest_codes, wide, without_columns
+from tersely.linalg.grid import AT_ONCE, Grid, fit_grid, float_zeros, in_groups, wide, without_columns
 from tersely.methods.quantize.widths import WIDTHS, StoredScale, check_grid, check_scale, sizes_of, width_of
 from tersely.option import Option
 from tersely.stats import Statistic, Stats

@@ -27,10 +27,11 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from tersely.errors import NumericalError, RecipeError
+from tersely.kernels import nearest_codes
 from tersely.kinds import LinearKind, SumLinear
 from tersely.kinds.quantized import QuantizedLinear
 from tersely.kinds.sparse import SparseLinear, sparse_bytes
-from tersely.linalg.grid import Form, Grid, fit_grid, group_size, in_groups, nearest_codes
+from tersely.linalg.grid import Form, Grid, fit_grid, group_size, in_groups
 from tersely.linalg.hessian import Feedback, feedback, sweep
 from tersely.stats import Gram, Stats
 
