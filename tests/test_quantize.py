@@ -482,7 +482,8 @@ def test_the_squares_of_the_errors_add_up_to_the_whole():
 def test_ranges_are_searched_for_row_by_row(form, monkeypatch):
     weight = normal(9, 100)
     whole = fit_grid(weight, 2, 32, form, shrink=True)
-    monkeypatch.setattr("tersely.linalg.grid.AT_ONCE", 250)
+    monkeypatch.setattr("tersely.linalg.grid.GRIDS_AT_ONCE", 600)
+    monkeypatch.setattr("tersely.kernels.ranges.AT_ONCE", 250)
     few = fit_grid(weight, 2, 32, form, shrink=True)
     assert torch.equal(few.levels(few.nearest(weight)), whole.levels(whole.nearest(weight)))
 

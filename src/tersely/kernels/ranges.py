@@ -21,6 +21,8 @@ from tersely.kernels.rounding import nearest_codes
 NORM = 2.4
 """GPTQ's exponent of the error: outliers count a little more than in squares."""
 FLAGS = ("-ffp-contract=fast", "-ffinite-math-only", "-fno-signed-zeros")
+AT_ONCE = 2**17
+"""Weights of the reference: what a processor's cache holds of the few tensors that it takes."""
 WORTH_A_THREAD = 2**18
 """Weights that are tried on grids in a good part of a millisecond; starting a thread takes a few hundredths."""
 
@@ -40,6 +42,12 @@ def best_ranges(
 
 
 def reference(weight: Tensor, scales: Tensor, zeros: Tensor, *, size: int, top: int) -> Tensor:
+    rows = max(1, AT_ONCE // max(1, weight.shape[1]))
+    parts = zip(weight.split(rows), scales.split(rows, 1), zeros.split(rows, 1), strict=True)
+    return torch.cat([_best_of_rows(*part, size, top) for part in parts])
+
+
+def _best_of_rows(weight: Tensor, scales: Tensor, zeros: Tensor, size: int, top: int) -> Tensor:
     _, rows, groups = scales.shape
     grouped = pad(weight, (0, groups * size - weight.shape[1])).view(rows, groups, size)
     least = torch.full_like(scales[0], torch.inf)

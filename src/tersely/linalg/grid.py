@@ -74,8 +74,9 @@ FARTHEST_ZERO = 1024.0
 LOWEST_EXPONENT = -102  # the smallest float16 times this power of two is still a normal float32
 
 AT_ONCE = 2**17
-"""Weights whose grids are searched for together: what a processor's cache holds of the few tensors that HQQ takes, and
-a bound on the eighty grids that a search for ranges has in memory."""
+"""Weights whose grids HQQ searches for together: what a processor's cache holds of the few tensors that it takes."""
+GRIDS_AT_ONCE = 2**21
+"""Of groups, when ranges are searched for: a few tensors of so many numbers are in memory."""
 SHRINKS = tuple(1 - percent / 100 for percent in range(1, 80))
 
 
@@ -285,7 +286,7 @@ def fit_grid(
         return Grid(bits, group, *_between(low, high, bits, form, format, None), None, columns)
     searched: ScaleFormat = "float16" if SCALE_FORMATS[format][1] == torch.uint8 else format
     exponent = _between(low, high, bits, form, searched, None)[0].exponent
-    rows = max(1, AT_ONCE // max(1, scaled.shape[1]))
+    rows = max(1, GRIDS_AT_ONCE // max(1, len(SHRINKS) * low.shape[1]))
     size = group_size(scaled.shape[1], group)
     between = partial(_between, bits=bits, form=form, format=searched, exponent=exponent)
     parts = [
