@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 FLAGS = (
     "-std=c++17",
     "-O3",
-    "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-shared",
