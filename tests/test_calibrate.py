@@ -420,14 +420,6 @@ def test_threads_have_no_more_statistics_than_fit(case, threads, monkeypatch):
     assert len(replay._parts(block, watched)) == 1
 
 
-@pytest.fixture
-def interruptible():
-    """What a shell starts in the background ignores interrupts."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
 def test_an_interrupt_ends_all_threads_soon(interruptible):
     begun, steps = Barrier(3), [0, 0]
 

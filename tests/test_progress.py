@@ -333,15 +333,6 @@ PATIENCE = 900.0
 DEMO = Path(str(files("tersely").joinpath("assets/demo")))
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """What a shell starts in the background is deaf to interrupts, and so is what that starts."""
-    usual = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, usual)
-
-
 def flags(out: Path, text: Path) -> list[str]:
     said = ["--method", "svd_llm", "--keep", "0.7", "--calibrate", str(text), "--samples", "128", "--length", "256"]
     return ["compress", str(DEMO), str(out), *said, "--threads", "1"]

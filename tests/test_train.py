@@ -166,7 +166,7 @@ def test_patience_brings_the_best_numbers_back_and_survives_a_stop(tmp_path):
 
 @pytest.mark.parametrize("patience", [0, 9])
 @pytest.mark.parametrize("name", RELAXATIONS)
-def test_interrupted_it_keeps_its_last_whole_step(name, patience, tmp_path, monkeypatch):
+def test_interrupted_it_keeps_its_last_whole_step(name, patience, tmp_path, monkeypatch, interruptible):
     """Wherever that is: before, while and after the numbers move, in a measurement, behind a step."""
     training = replace(SHORT, save_every=100, patience=patience)
     keywords = {"relaxation": RELAXATIONS[name](), "bits": 6.0}

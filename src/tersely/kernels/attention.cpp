@@ -69,7 +69,7 @@ void lay_out(const Attention& of, const float* keys, const float* values, Bench&
     }
 }
 
-void multiply_strip(const Bench& bench, int64_t first, int64_t width) {
+void multiply_strip(Bench& bench, int64_t first, int64_t width) {
     const float* strip = bench.keys.data() + first * width;
     Floats left[QUERIES] = {}, right[QUERIES] = {};
     for (int64_t channel = 0; channel < width; ++channel) {
@@ -80,7 +80,7 @@ void multiply_strip(const Bench& bench, int64_t first, int64_t width) {
             right[i] += far * query;
         }
     }
-    float* weights = const_cast<float*>(bench.weights.data()) + first;
+    float* weights = bench.weights.data() + first;
     for (int64_t i = 0; i < QUERIES; ++i) {
         store(weights + i * bench.padded, left[i]);
         store(weights + i * bench.padded + LANES, right[i]);

@@ -5,8 +5,8 @@ products of 16 bits to oneDNN, which asks the processor what it can do.  oneDNN 
 twice as fast on an EPYC with AVX-512.  Rows have to lie one behind the other: of a transposed matrix it takes a hundred
 times as long.
 
-Long sums it rounds three times as coarsely (1e-6 where MKL has 3e-7,
-of √(Gᵢᵢ Gⱼⱼ) over thousands of tokens), so that Gram matrices stay with MKL.
+Long sums it rounds three times as coarsely (1e-6 where MKL has 3e-7, of √(Gᵢᵢ Gⱼⱼ) over thousands of tokens), so that
+Gram matrices stay with MKL.
 """
 
 import torch
