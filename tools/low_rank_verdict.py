@@ -422,6 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--calibrate", nargs="+", required=True)
     parser.add_argument("--samples", type=int, default=Calibration.samples)
+    parser.add_argument("--own-text", type=float, default=Calibration.own_text, help="share that the model writes")
     parser.add_argument("--length", type=int)
     parser.add_argument("--windows", type=int, help="only the first so many of each text")
     parser.add_argument("--device", default="cpu")
@@ -438,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         best,
         rivals_of(list(best.values()), asked.against, asked.group),
         asked.text,
-        Calibration(asked.calibrate, samples=asked.samples, length=asked.length),
+        Calibration(asked.calibrate, samples=asked.samples, length=asked.length, own_text=asked.own_text),
         asked.keep,
         asked.seed,
         asked.length,

@@ -55,16 +55,21 @@ class Windows:
     sources: tuple[str, ...]
     sha256: str
     available: int
+    own: int = 0
+    """Windows that the model itself writes, which stand last once it has; the checksum is that of the text."""
 
     def describe(self) -> dict[str, Any]:
-        """For reports."""
+        """For reports, once the model has written its own."""
         samples, length = self.tokens.shape
         plain = {k: v for k, v in asdict(self).items() if k != "tokens"}
+        if self.own:
+            own = self.tokens[-self.own :].contiguous().numpy().tobytes()
+            plain["own_sha256"] = hashlib.sha256(own).hexdigest()
         return plain | {"samples": samples, "length": length, "tokens": samples * length}
 
     def shortage(self, width: int) -> str | None:
-        """The warning for too few tokens, or None."""
-        tokens = self.tokens.numel()
+        """The warning for too few tokens, those counted that the model is to write, or None."""
+        tokens = (len(self.tokens) + self.own) * self.tokens.shape[1]
         if tokens >= ENOUGH * width:
             return None
         return (
@@ -74,7 +79,7 @@ class Windows:
 
 
 def read_windows(asked: Calibration, tokenizer: Any, config: Any, seed: int, first_token: int | None) -> Windows:
-    """Cut the calibration text into windows of token numbers.
+    """Cut the calibration text into windows of token numbers, without those that the model is to write.
 
     `first_token`: number of the token that the model needs at the start of every text, or None; it takes the place of
     the first token of each window.  Raises RecipeError for a text with less than one window.
@@ -91,15 +96,17 @@ def read_windows(asked: Calibration, tokenizer: Any, config: Any, seed: int, fir
             "shorter --length"
         )
     windows = tokens[: count * length].view(count, length)
+    drawn = asked.samples - asked.written()
     if asked.order == "random":
         generator = torch.Generator().manual_seed(seed)
         # sorted: neighbours in the text stay neighbours on disk and in batches; the sum over windows does not care
-        windows = windows[torch.randperm(count, generator=generator)[: asked.samples].sort().values]
+        windows = windows[torch.randperm(count, generator=generator)[:drawn].sort().values]
     else:
-        windows = windows[: asked.samples]
+        windows = windows[:drawn]
     if first_token is not None:
         windows = torch.cat([windows.new_full((len(windows), 1), first_token), windows[:, 1:]], dim=1)
-    return Windows(windows.contiguous(), tuple(asked.source), text.sha256, count)
+    own = asked.written(len(windows))
+    return Windows(windows.contiguous(), tuple(asked.source), text.sha256, count, own)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
-"""Continue a text with a model, piece by piece."""
+"""Let a model write: continue a text piece by piece, or draw rows of tokens from nothing."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from threading import Thread
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from tersely.errors import RecipeError
+from tersely.errors import NumericalError, RecipeError
 from tersely.text import context_length
 
 USUAL = 64
@@ -69,3 +71,30 @@ def _room(model: PreTrainedModel, given: int) -> int | None:
     if context is not None and given >= context:
         raise RecipeError(f"--prompt has {given} tokens, and the model's context of {context} has no room; shorten it")
     return None if context is None else context - given
+
+
+def draw(model: Any, start: int, rows: int, tokens: int, never: Iterable[int]) -> Int[Tensor, "{rows} {tokens}"]:
+    """What the model writes behind the token `start`, which is left out: every token drawn from all that the model
+    predicts, at temperature 1, but for the tokens that are `never` drawn.
+
+    Random numbers are PyTorch's own, as they stand.  Raises NumericalError for predictions that are not finite.
+    """
+    prompt = torch.full((rows, 1), start, device=model.device)
+    # one token for every step, whatever the checkpoint's own settings are; what ends a text is among the tokens never
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        suppress_tokens=sorted(never) or None,
+        pad_token_id=start,
+    )
+    try:
+        written: Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt))
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise NumericalError(f"the model cannot write: its predictions are not finite ({error})") from error
+    return written[:, 1:]

@@ -7,12 +7,14 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from tersely import own_text as own
 from tersely.anatomy import Site, anatomy_of, model_class, needs_first_token
 from tersely.checkpoint import (
     Source,
@@ -80,6 +82,7 @@ def compress(
     samples: int = Calibration.samples,
     length: int | None = None,
     order: str = Calibration.order,
+    own_text: float = Calibration.own_text,
     seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
@@ -107,7 +110,7 @@ def compress(
     }
     step = plain_step(verb_for(method), method, said)
     sources = [calibrate] if isinstance(calibrate, str) else list(calibrate)
-    calibration = {"source": sources, "samples": samples, "length": length, "order": order}
+    calibration = {"source": sources, "samples": samples, "length": length, "order": order, "own_text": own_text}
     plain = {"model": str(model), "step": [step], "calibration": calibration}
     recipe = recipe_from(plain | {"seed": seed, "dtype": dtype, "device": device})
     return run(prepare(recipe, Path(out)), progress=progress)
@@ -223,6 +226,7 @@ def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Res
     recipe, journal, out = prepared.recipe, prepared.journal, prepared.out
     clock = Clock(recipe.device)
     resumed = journal.begin()
+    prepared = _with_own_text(prepared, statistics, clock, progress)
     source = prepared.source
     results: list[Done] = []
     effects: list[dict[str, Any]] = []
@@ -251,6 +255,33 @@ def _run(prepared: Prepared, statistics: Path | None, progress: Progress) -> Res
     _write_artefacts(prepared, report, results)
     journal.finish()
     return Result(out, report)
+
+
+def _with_own_text(prepared: Prepared, statistics: Path | None, clock: Clock, progress: Progress) -> Prepared:
+    """With the windows that the model is asked to write: those to fit to behind those of the text, and as large a share
+    of those that nothing is fitted to."""
+    recipe, windows, unseen, source = prepared.recipe, prepared.windows, prepared.unseen, prepared.source
+    if windows is None or not windows.own:
+        return prepared
+    apart = 0 if unseen is None else round(recipe.calibration.own_text * len(unseen))
+    shape = windows.own + apart, windows.tokens.shape[1]
+    first = prepared.tokenizer.bos_token_id if prepared.anatomy.needs_first_token else None
+    depends = prepared.digest, versions(), str(source.dtype), recipe.device, recipe.seed, shape, first
+
+    def write() -> Tensor:
+        def told(done: int, total: int) -> None:
+            progress("writing text", done, total)
+
+        return own.write(source, prepared.tokenizer, shape, recipe.seed, first, recipe.device, told)
+
+    with clock("write"):
+        place = None if statistics is None else statistics / own.file_name(*depends)
+        tokens = own.kept(place, prepared.journal, write)
+    both = replace(windows, tokens=torch.cat([windows.tokens, tokens[: windows.own]]))
+    if unseen is not None:
+        numbers = torch.linspace(0, len(unseen) - 1, len(unseen) - apart).round().long()
+        unseen = torch.cat([unseen[numbers], tokens[windows.own :]])
+    return replace(prepared, windows=both, unseen=unseen)
 
 
 def _write(folder: Path, source: Source, step: Step, done: Done, shard_bytes: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tersely import temper
+from tersely import own_text, temper
 from tersely.allocate import Learned, Measured
 from tersely.anatomy import Anatomy, Site, anatomy_of
 from tersely.calibrate import Windows, read_windows
@@ -108,8 +108,8 @@ class Examined:
 
     @property
     def calibrated(self) -> bool:
-        """Whether some step looks at calibration text."""
-        return reads_inputs(self.recipe, self.objects)
+        """Whether calibration text is read."""
+        return calibrates(self.recipe, self.objects)
 
 
 def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
@@ -130,8 +130,14 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     outlook = Outlook(anatomy, source)
     steps = enumerate(zip(recipe.step, objects, strict=True), start=1)
     sites = tuple(outlook.check(number, step, built) for number, (step, built) in steps)
-    if any(isinstance(step, TrainStep) or seeks(step) or predicts(step) or tempers(step) for step in recipe.step):
+    writes = recipe.calibration.own_text > 0 and calibrates(recipe, objects)
+    if writes or any(isinstance(s, TrainStep) or seeks(s) or predicts(s) or tempers(s) for s in recipe.step):
         require_causal(source.skeleton())
+    if writes and any(seeks(step) for step in recipe.step):
+        raise RecipeError(
+            "calibration: own_text with a perplexity to stay below, which is that of calibration windows: what a model "
+            "writes itself it predicts too well; set own_text = 0"
+        )
     if any(keyed_by(kind) != "input" for built in objects for kind in getattr(built, "needs", ())):
         require_head(source.skeleton())
     targets: tuple[Target, ...] = ()
@@ -168,7 +174,7 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     if out.exists() and out.resolve() == folder.resolve():
         raise CheckpointError(f"{out} is the model itself; choose another folder for the result")
     objects = [build(step) for step in recipe.step]
-    calibrated = reads_inputs(recipe, objects) or recipe.calibration.source != ["stdlib"]
+    calibrated = calibrates(recipe, objects)
     journal = Journal(out, identity(recipe, folder, calibrated=calibrated))
     journal.check(fresh=fresh)
     if fresh:
@@ -181,13 +187,15 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
         raise RecipeError(f"{folder}: {found.anatomy.family} needs a first token and the tokenizer has no bos_token")
     if calibrated:
         windows = read_windows(recipe.calibration, tokenizer, config, recipe.seed, first_token)
+        if windows.own and first_token is None:
+            own_text.start_token(tokenizer)
         widest = max((site.in_features for site in found.anatomy.sites), default=0)
         warnings += [w for w in (windows.shortage(widest),) if w]
         if any(learns(step) for step in recipe.step):
             require_windows(windows.tokens)
     texts_of = {
         number: read_windows(
-            replace(recipe.calibration, source=sources, **_which_windows(recipe, recipe.step[number])),
+            replace(recipe.calibration, source=sources, own_text=0.0, **_which_windows(recipe, recipe.step[number])),
             tokenizer,
             config,
             recipe.seed,
@@ -198,7 +206,7 @@ def _prepare(recipe: Recipe, out: Path, fresh: bool) -> Prepared:
     }
     unseen = None
     if windows is not None and any(tempers(step) for step in recipe.step):
-        whole = replace(recipe.calibration, samples=ALL_WINDOWS, order="first")
+        whole = replace(recipe.calibration, samples=ALL_WINDOWS, order="first", own_text=0.0)
         everything = read_windows(whole, tokenizer, config, recipe.seed, first_token).tokens
         unseen, warning = temper.unseen(everything, windows.tokens, *(text.tokens for text in texts_of.values()))
         warnings += [warning] if warning else []
@@ -250,6 +258,11 @@ def reads_inputs(recipe: Recipe, objects: Sequence[Any]) -> bool:
         or any(getattr(built, "needs", ()) for built in objects)
         or any(build_allocator(name).reads_model for name in divided)
     )
+
+
+def calibrates(recipe: Recipe, objects: Sequence[Any]) -> bool:
+    """Whether calibration text is read: where it is needed, and where it was named to measure errors on."""
+    return reads_inputs(recipe, objects) or recipe.calibration.source != ["stdlib"]
 
 
 def measures(step: Step) -> Measured | None:
@@ -434,7 +447,7 @@ def _resolved(
     calibration: Calibration = recipe.calibration
     if windows is not None:
         samples, length = windows.tokens.shape
-        calibration = replace(calibration, samples=samples, length=length)
+        calibration = replace(calibration, samples=samples + windows.own, length=length)
     return replace(recipe, step=steps, calibration=calibration, dtype=str(source.dtype).removeprefix("torch."))  # type: ignore[arg-type]
 
 

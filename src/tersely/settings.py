@@ -33,6 +33,17 @@ class Calibration:
     order: Literal["random", "first"] = "random"
     """Which windows: drawn without replacement by the seed, or the first ones of the text."""
 
+    own_text: float = 0.0
+    """Share of the windows that the model itself writes (see `tersely.own_text`), in the place of as many of the
+    text."""
+
+    def written(self, read: int | None = None) -> int:
+        """Windows that the model writes: beside so many of the text, where that holds fewer than were asked for."""
+        whole = min(round(self.own_text * self.samples), self.samples - 1)
+        if read is None or read + whole >= self.samples:
+            return whole
+        return round(read * self.own_text / (1 - self.own_text))
+
     def __post_init__(self) -> None:
         if not self.source:
             raise RecipeError("calibration: an empty list of sources; name at least one text, or stdlib")
@@ -40,6 +51,8 @@ class Calibration:
             raise RecipeError(f"calibration: samples = {self.samples}; wanted 1 or more windows")
         if self.length is not None and self.length < 2:
             raise RecipeError(f"calibration: length = {self.length}; wanted 2 or more tokens")
+        if not 0 <= self.own_text < 1:
+            raise RecipeError(f"calibration: own_text = {self.own_text}; wanted 0 or more, below 1, a share")
 
 
 @dataclass(frozen=True)

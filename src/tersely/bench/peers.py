@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from tersely import own_text
 from tersely.anatomy import anatomy_of, needs_first_token
 from tersely.bench.entry import Group, Setting
 from tersely.calibrate import read_windows
@@ -214,8 +215,10 @@ def _windows_file(setting: Setting, source: Source, folder: Path) -> Path:
     tokenizer = read_tokenizer(source.folder)
     first = tokenizer.bos_token_id if first_token else None
     windows = read_windows(setting.calibration, tokenizer, source.config, setting.seed, first)
+    shape = windows.own, windows.tokens.shape[1]
+    own = [own_text.write(source, tokenizer, shape, setting.seed, first, setting.device)] if windows.own else []
     folder.mkdir(parents=True, exist_ok=True)
-    commit_tensors(folder / WINDOWS, {"tokens": windows.tokens})
+    commit_tensors(folder / WINDOWS, {"tokens": torch.cat([windows.tokens, *own])})
     return folder / WINDOWS
 
 

@@ -21,6 +21,7 @@ from tersely.cli.flags import (
     Method,
     Model,
     Order,
+    OwnText,
     Perplexity,
     RecipeFile,
     Revision,
@@ -66,6 +67,7 @@ def plan(
     samples: Samples = None,
     length: Length = None,
     order: Order = None,
+    own_text: OwnText = None,
     seed: Seed = None,
     settings: Settings = None,
     evaluate: Evaluate = None,
@@ -89,7 +91,7 @@ def plan(
         if free and verb_for(method) in ("method", "cache"):
             budget["keep"] = 0.8
     step = {"method": method, **budget, "base": base, "target": target}
-    calibration = {"source": calibrate, "samples": samples, "length": length, "order": order}
+    calibration = {"source": calibrate, "samples": samples, "length": length, "order": order, "own_text": own_text}
     top = {"seed": seed, "device": device, "dtype": dtype, "revision": revision}
     asked = Asked(model, step, settings, calibration, evaluate, top, trust_remote_code, recipe)
     console.print(estimate_table(estimate(asked.recipe())))

@@ -22,6 +22,7 @@ from tersely.cli.flags import (
     Method,
     Order,
     Out,
+    OwnText,
     Perplexity,
     RecipeFile,
     Revision,
@@ -71,6 +72,7 @@ def compress(
     samples: Samples = None,
     length: Length = None,
     order: Order = None,
+    own_text: OwnText = None,
     seed: Seed = None,
     settings: Settings = None,
     evaluate: Evaluate = None,
@@ -87,7 +89,7 @@ def compress(
     use_threads(threads)
     budget = {"keep": keep, "bits": bits, "size": size, "perplexity": perplexity}
     step = {"method": method, **budget, "base": base, "target": target}
-    calibration = {"source": calibrate, "samples": samples, "length": length, "order": order}
+    calibration = {"source": calibrate, "samples": samples, "length": length, "order": order, "own_text": own_text}
     top = {"seed": seed, "device": device, "dtype": dtype, "revision": revision}
     asked = Asked(_given(model, out), step, settings, calibration, evaluate, top, trust_remote_code, recipe)
     _make(asked, None, out, fresh=fresh, dry_run=dry_run, statistics=statistics)
@@ -110,6 +112,7 @@ def train(
     samples: Samples = None,
     length: Length = None,
     order: Order = None,
+    own_text: OwnText = None,
     seed: Seed = None,
     settings: Settings = None,
     evaluate: Evaluate = None,
@@ -124,7 +127,7 @@ def train(
     """Train MODEL into OUT with one relaxation, or with the steps of a recipe."""
     use_threads(threads)
     step = {"method": method, "objective": objective, "bits": bits, "tokens": tokens, "rate": rate, "target": target}
-    calibration = {"source": calibrate, "samples": samples, "length": length, "order": order}
+    calibration = {"source": calibrate, "samples": samples, "length": length, "order": order, "own_text": own_text}
     top = {"seed": seed, "device": device, "dtype": dtype, "revision": revision}
     asked = Asked(_given(model, out), step, settings, calibration, evaluate, top, trust_remote_code, recipe)
     _make(asked, "train", out, fresh=fresh, dry_run=dry_run)

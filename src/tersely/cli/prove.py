@@ -18,6 +18,7 @@ from tersely.cli.flags import (
     Length,
     Model,
     Order,
+    OwnText,
     Revision,
     Samples,
     Seed,
@@ -182,6 +183,7 @@ def bench(
     samples: Samples = None,
     length: Length = None,
     order: Order = None,
+    own_text: OwnText = None,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows of each text.")] = None,
     peers: Annotated[
         Path | None,
@@ -212,7 +214,8 @@ def bench(
     use_threads(threads)
     if family not in BENCHES:
         raise RecipeError(unknown("bench", family, BENCHES))
-    asked: dict[str, Any] = {"source": calibrate, "samples": samples, "length": length, "order": order}
+    asked: dict[str, Any] = {"source": calibrate, "samples": samples, "length": length}
+    asked |= {"order": order, "own_text": own_text}
     calibration = Calibration(**{key: value for key, value in asked.items() if value is not None})
     keeps, texts = keep or [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], text or ["stdlib"]
     theirs = () if peers is None else peers_in(peers)

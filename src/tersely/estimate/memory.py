@@ -5,7 +5,7 @@ hidden states of all windows, the statistics of one block, and the largest facto
 where it is measured, where ranks are learned on it, or where gradients are gathered.  Of training: student and teacher,
 what stands in the places of linears with gradients and moments, and what a batch leaves for the backward pass, the
 logits above all.  Around the steps: the text that is cut into tokens, the tensors of a file that is written, and both
-models where the result is measured.
+models where the result is measured; before them the model that writes calibration windows itself.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tersely import gating, gradients, temper
+from tersely import gating, gradients, own_text, temper
 from tersely.anatomy import Site
 from tersely.calibrate import COPIES, NARROW, TOKENS_AT_ONCE
 from tersely.estimate.relaxed import share_of
@@ -69,7 +69,7 @@ def parts(recipe: Recipe, found: Examined) -> list[Part]:
 def held(recipe: Recipe, found: Examined) -> int:
     """Bytes, at the worst moment."""
     read, written = _longest_text(recipe, found), _written(recipe, found)
-    largest, before = _evaluated(recipe, found), 0
+    largest, before = max(_evaluated(recipe, found), _writing(recipe, found)), 0
     for part in parts(recipe, found):
         trains = isinstance(part.step, TrainStep)
         needed = _trained(part, recipe, found) if trains else _swept(part, recipe, found)
@@ -88,14 +88,9 @@ def _written(recipe: Recipe, found: Examined) -> int:
     return min(most, source.nbytes()) + min(most, read)
 
 
-def calibrates(recipe: Recipe, found: Examined) -> bool:
-    """Whether calibration text is read: where it is needed, and where it was named to measure errors on."""
-    return found.calibrated or recipe.calibration.source != ["stdlib"]
-
-
 def read_texts(recipe: Recipe, found: Examined) -> list[list[str]]:
     """The texts that a run reads to calibrate and to train, those together that are cut into tokens as one."""
-    calibration = recipe.calibration.source if calibrates(recipe, found) else []
+    calibration = recipe.calibration.source if found.calibrated else []
     return [texts for texts in [calibration, *trained(recipe)] if texts]
 
 
@@ -125,7 +120,7 @@ def _swept(part: Part, recipe: Recipe, found: Examined) -> int:
     inside = [sum(map(source.stored_bytes, names)) for names in blocks]
     outside, block = source.nbytes() - sum(inside), max(inside)
     hidden, length = source.config.get_text_config().hidden_size, _length(recipe, found)
-    stream = recipe.calibration.samples * length * hidden * itemsize if calibrates(recipe, found) else 0
+    stream = recipe.calibration.samples * length * hidden * itemsize if found.calibrated else 0
     first = [site for site in anatomy.sites if site.block == 0] or list(part.sites)
     grams = _observed(part, recipe, found) if stream else 0
     if hidden <= NARROW and recipe.device == "cpu":  # other threads have statistics of their own
@@ -234,6 +229,18 @@ def _trained(part: Part, recipe: Recipe, found: Examined) -> int:
     kept += int(share.of_token * sum(site.in_features for site in sites))
     logits = 4 * (COMPARED if teaches else LOGITS) * source.config.get_text_config().vocab_size
     return models + int(stands) + began + tokens * (kept + logits)
+
+
+def _writing(recipe: Recipe, found: Examined) -> int:
+    """The whole model while it writes calibration windows: keys and values of those side by side, and their logits."""
+    if not (found.calibrated and recipe.calibration.written()):
+        return 0
+    source, length = found.source, _length(recipe, found)
+    settings, blocks = source.config.get_text_config(), len(found.anatomy.blocks)
+    # where they come from one linear with the queries, as many as there can be
+    kept = sum(site.out_features for site in found.anatomy.sites if site.role in ("attention.k", "attention.v"))
+    states = source.dtype.itemsize * length * (kept or 2 * settings.hidden_size * blocks)
+    return source.nbytes() + own_text.ROWS * (2 * states + 4 * LOGITS * settings.vocab_size)
 
 
 def _evaluated(recipe: Recipe, found: Examined) -> int:

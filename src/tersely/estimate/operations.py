@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tersely import gating, planning, sensitivity, temper
+from tersely import gating, own_text, planning, sensitivity, temper
 from tersely.allocate import Learned
 from tersely.allocate.search import RATIOS
 from tersely.anatomy import Site
-from tersely.estimate.memory import Part, calibrates, parts, read_for_a_temperature
+from tersely.estimate.memory import Part, parts, read_for_a_temperature
 from tersely.methods import METHODS
 from tersely.option import Amount
 from tersely.prepare import Examined, learns, measures, seeks, tempers
@@ -43,7 +43,7 @@ def operations(recipe: Recipe, found: Examined) -> tuple[float, float]:
     length = window_length(found.source.config, recipe.calibration.length)
     blocks = found.anatomy.blocks
     weights = sum(found.source.elements(n) for n in found.source.stored if n.startswith(blocks))
-    products, eigen = _measured_result(recipe, found, weights), 0.0
+    products, eigen = _measured_result(recipe, found, weights) + _writing(recipe, found, length, weights), 0.0
     for part in parts(recipe, found):
         if isinstance(part.step, TrainStep):
             work = _training(part.step, part, recipe, found, length, weights)
@@ -59,9 +59,15 @@ def _head(found: Examined) -> int:
     return int(settings.hidden_size * settings.vocab_size)
 
 
+def _writing(recipe: Recipe, found: Examined, length: int, weights: int) -> float:
+    """Windows that the model writes itself, whole batches of them."""
+    written = recipe.calibration.written() if found.calibrated else 0
+    return FORWARD * float(-(-written // own_text.ROWS) * own_text.ROWS * length) * (weights + _head(found))
+
+
 def _sweeping(part: Part, recipe: Recipe, found: Examined, length: int, weights: int) -> tuple[float, float]:
     step, sites = part.step, [_as_left(site, found) for site in part.sites]
-    tokens = recipe.calibration.samples * length if calibrates(recipe, found) else 0
+    tokens = recipe.calibration.samples * length if found.calibrated else 0
     curves, streams = False, int(bool(part.needs))
     if isinstance(step, MethodStep | CacheStep):
         curves = build_allocator(step.allocate).needs_errors

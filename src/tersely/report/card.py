@@ -278,6 +278,7 @@ def _recipe(report: Report) -> list[str]:
     if found := report.calibration:
         sources = ", ".join(place_of(str(source)) for source in found.get("sources") or [])
         windows = f", {found['samples']} windows of {found['length']} tokens" if "samples" in found else ""
+        windows += f", {own} of them written by the dense model itself" if (own := found.get("own")) else ""
         lines.append(f"- calibrated on {escaped(sources)}{windows}, sha256 {_code(str(found.get('sha256', ''))[:12])}")
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     lines.append(f"- seed {report.recipe.get('seed', 0)}; {escaped(versions)}")

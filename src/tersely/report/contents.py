@@ -338,6 +338,7 @@ def _calibration(run: Run) -> list[tuple[str, str]]:
             "texts": ", ".join(short_text(str(source)) for source in found.get("sources") or []),
             "windows": f"{found['samples']} of {found['length']} tokens" if "samples" in found else None,
             "tokens": f"{found['tokens']:,}" if "tokens" in found else None,
+            "of them by the model itself": found.get("own") or None,
             "windows in the text": f"{found['available']:,}" if "available" in found else None,
             "sha256": found.get("sha256"),
         }
