@@ -42,8 +42,8 @@ def recipe(model_folder: Folder, text_file: Path) -> Callable[..., Recipe]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_tokens_are_drawn_from_what_is_predicted(family, model_folder):
-    """Whatever came before, -log p(x_t) is H(p_t) in the mean: their differences add up like a walk without drift, whose
-    variance is the sum of those of -log p_t under p_t."""
+    """Whatever came before, -log p(x_t) is H(p_t) in the mean: their differences add up like a walk without drift, and
+    its variance is the sum of those of -log p_t under p_t."""
     folder = model_folder(family)
     windows = written(folder, windows=64, length=24)
     tokenizer = read_tokenizer(folder)
@@ -125,7 +125,7 @@ def test_there_is_always_a_window_of_text_and_what_is_resolved_says_the_same(sha
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, math.nan])
 def test_what_is_no_share_is_refused(share):
-    with pytest.raises(RecipeError, match="own_text = .*wanted 0 or more, below 1"):
+    with pytest.raises(RecipeError, match=r"own_text = .*wanted 0 or more, below 1"):
         Settings(own_text=share)
 
 
