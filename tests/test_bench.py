@@ -16,7 +16,7 @@ from tersely.errors import AnatomyError, CheckpointError, NumericalError, Recipe
 from tersely.evaluation import cut, measure_perplexity, paired, paired_over, peak_within, window_losses
 from tersely.evaluation.paired import NORMAL_QUANTILE
 from tersely.pipeline import load, quiet
-from tersely.recipe import Calibration, recipe_from
+from tersely.recipe import Calibration, read_recipe, recipe_from
 from tersely.text import read_text
 
 ENTRIES = (Entry("svd"), Entry("svd_llm", "greedy", "block", {"damping": 1e-4}))
@@ -194,6 +194,11 @@ def test_the_command_writes_rows_and_a_table(bench, tmp_path, monkeypatch, text_
 
 
 # --- a recipe as an entry ---------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_of_the_family_is_a_row_of_its_bench():
+    best = entry_of(read_recipe(Path(__file__).parents[1] / "recipes" / "low_rank_best.toml"))
+    assert best.way in {entry.way for entry in BENCHES["low-rank"]}
 
 
 def test_a_recipe_is_an_entry_of_its_sized_step():

@@ -140,7 +140,10 @@ def _so_far(file: Path, setting: dict[str, Any]) -> dict[str, Any] | None:
     if not file.exists():
         return None
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if content.get("setting") != setting:
+    theirs = content.get("setting", {})
+    if "calibration" in theirs:  # one that was written before there was all that is said of it today
+        theirs["calibration"] = asdict(Calibration()) | theirs["calibration"]
+    if theirs != setting:
         raise RecipeError(
             f"{file} holds rows of another model, other texts or another calibration; choose another --out"
         )
