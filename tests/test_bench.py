@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from tersely import memory
-from tersely.bench import BENCHES, Bench, Entry, check_bench, entry_of, markdown, run_bench, running
+from tersely.bench import BENCHES, Bench, Entry, Setting, check_bench, entry_of, markdown, run_bench, running
 from tersely.cli import main
 from tersely.errors import AnatomyError, CheckpointError, NumericalError, RecipeError
 from tersely.evaluation import cut, measure_perplexity, paired, paired_over, peak_within, window_losses
 from tersely.evaluation.paired import NORMAL_QUANTILE
 from tersely.pipeline import load, quiet
 from tersely.recipe import Calibration, read_recipe, recipe_from
+from tersely.tables import build, settled
 from tersely.text import read_text
 
 ENTRIES = (Entry("svd"), Entry("svd_llm", "greedy", "block", {"damping": 1e-4}))
@@ -197,8 +198,13 @@ def test_the_command_writes_rows_and_a_table(bench, tmp_path, monkeypatch, text_
 
 
 def test_the_recipe_of_the_family_is_a_row_of_its_bench():
-    best = entry_of(read_recipe(Path(__file__).parents[1] / "recipes" / "low_rank_best.toml"))
-    assert best.way in {entry.way for entry in BENCHES["low-rank"]}
+    def resolved(entry: Entry) -> tuple[object, ...]:
+        (step,) = settled(entry.recipe(Setting("somewhere", Calibration()), 0.7)).step
+        return step.name, build(step), step.allocate, step.propagate, step.temper
+
+    best = resolved(entry_of(read_recipe(Path(__file__).parents[1] / "recipes" / "low_rank_best.toml")))
+    alone = [entry for entry in BENCHES["low-rank"] if entry.sizes == "keep" and not (entry.steps or entry.then)]
+    assert best in [resolved(entry) for entry in alone]
 
 
 def test_a_recipe_is_an_entry_of_its_sized_step():
