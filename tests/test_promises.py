@@ -1,5 +1,6 @@
 """Promises that were once broken without a word, each as a user would notice."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from tersely import demo, sweeps
+from tersely import demo, pipeline, sweeps
 from tersely.cli import main
 from tersely.errors import CheckpointError, NumericalError, RecipeError
 from tersely.methods.low_rank.svd_llm import WhitenedSVD
@@ -142,6 +143,22 @@ def test_an_evaluation_that_cannot_be_made_is_refused_before_work(wrong, model, 
 def test_another_evaluation_is_no_other_run(model, text, tmp_path):
     recipes = [asked(model, text), asked(model, text, evaluation={"text": [str(text)], "windows": 1})]
     assert len({recipe.fingerprint() for recipe in recipes}) == 1
+
+
+def test_a_run_that_is_taken_up_measures_a_text_that_has_changed(model, text, tmp_path, monkeypatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    read, out = tmp_path / "read.txt", tmp_path / "out"
+    whole = text.read_text(encoding="utf-8")
+    read.write_text(whole[: len(whole) // 2], encoding="utf-8")
+    recipe = asked(model, text, evaluation={"text": [str(read)], "windows": 2})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "_report", stop)
+        run(prepare(recipe, out))
+    read.write_text(whole, encoding="utf-8")
+    (said,) = run(prepare(recipe, out)).report.evaluation["texts"]
+    assert said["sha256"] == hashlib.sha256(read.read_bytes()).hexdigest()
 
 
 def test_a_figure_has_a_place_before_it_is_measured(model, text, tmp_path, capsys):

@@ -43,6 +43,7 @@ from tersely.report.rows import Report, Row, size_rows
 from tersely.steps import run_step
 from tersely.steps.scene import Done, Scene
 from tersely.tables import verb_for
+from tersely.text import read_text
 from tersely.verify import CHECKSUMS, checksums
 
 if TYPE_CHECKING:
@@ -306,7 +307,8 @@ def _effect(
     if not recipe.evaluation.text:
         return effect
     journal = Journal(prepared.journal.folder / f"work-{number}", recipe.fingerprint())
-    asked = f"evaluation-{hashlib.sha256(repr(recipe.evaluation).encode()).hexdigest()[:16]}.json"
+    contents = [read_text(text, "evaluation").sha256 for text in recipe.evaluation.text]
+    asked = f"evaluation-{hashlib.sha256(repr((recipe.evaluation, contents)).encode()).hexdigest()[:16]}.json"
     if not journal.has(asked):
         with clock("evaluate"):
             figures = evaluate(
