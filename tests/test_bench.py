@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,6 +96,25 @@ def test_statistics_outlive_a_stop_and_leave_with_the_last_row(bench, tmp_path, 
     monkeypatch.undo()
     assert len(run_bench(jobs, file, "command", quiet)) == 2
     assert not (tmp_path / "rows.work").exists()
+
+
+def test_two_benches_on_one_file_do_not_lose_rows_of_each_other(bench, tmp_path):
+    file = tmp_path / "rows.json"
+    held = (
+        "import fcntl, pathlib, sys, time; place = pathlib.Path(sys.argv[1]); place.parent.mkdir(); "
+        "file = place.open('ab'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    )
+    lock = tmp_path / "rows.work" / "lock"
+    with subprocess.Popen([sys.executable, "-c", held, lock], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held\n"
+            with pytest.raises(RecipeError, match="a bench is at work on it"):
+                run_bench(bench(keeps=[0.5]), file, "command", quiet)
+            assert not file.exists()
+        finally:
+            other.kill()
+    assert len(run_bench(bench(keeps=[0.5]), file, "command", quiet)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
 
 def test_a_row_says_its_size_in_both_conventions_and_what_it_took(bench, tmp_path):

@@ -95,12 +95,7 @@ class Journal:
         if self._lock is not None or not _locks():
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = self.folder / LOCK
-        with lock.open("ab") as file:
-            # a run that ended in between took its lock away: then another file than ours bears the name, or none
-            if not _taken(file) or not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                raise self._occupied()
+        with locked(self.folder / LOCK, self._occupied()) as file:
             self._lock = file
             try:
                 self._check_again()
@@ -216,6 +211,17 @@ class Journal:
         return path
 
 
+@contextmanager
+def locked(lock: Path, occupied: Exception) -> Iterator[IO[bytes]]:
+    """Within, no other process holds the lock of that name; where one does, `occupied` is raised."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("ab") as file:
+        # whoever ended in between took its lock away: then another file than ours bears the name, or none
+        if not _taken(file) or not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            raise occupied
+        yield file
+
+
 def clear_unbegun(out: Path, *, keep: bool = False) -> None:
     """Remove an output in which no run has begun, but for the folder itself if it is to be kept: if anything, weights
     were renamed there in vain."""
@@ -231,6 +237,8 @@ def _locks() -> bool:
 
 def _taken(file: IO[bytes]) -> bool:
     """Take the lock on a file, which lasts until the file is closed; False if another process has it."""
+    if fcntl is None:
+        return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -34,7 +34,7 @@ from tersely.destination import check_file, check_folder
 from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
 from tersely.evaluation import Peak, Recalled, Windows, cut, folder_bytes, measure_windows, peak_within
 from tersely.job import Progress
-from tersely.journal import commit_tensors, commit_text, read_tensors
+from tersely.journal import LOCK, commit_tensors, commit_text, locked, read_tensors
 from tersely.pipeline import Result, load, run, versions
 from tersely.prepare import examine, prepare
 from tersely.recipe import Calibration
@@ -76,10 +76,21 @@ def run_bench(
     """All rows, written to `file` (JSON) one by one.  `keep_folders`: where compressed models and statistics stay; else
     they lie beside `file`, in a folder that is removed when all rows are there.
 
-    Raises RecipeError if `file` holds another bench.
+    Raises RecipeError if `file` holds another bench, or if one is at work on it.
     """
-    rows = rows_so_far(file, command)
+    rows_so_far(file, command)
     work = keep_folders or file.with_suffix(".work")
+    occupied = RecipeError(f"{file}: a bench is at work on it; let that one end, stop it, or choose another --json")
+    with locked(work / LOCK, occupied):
+        rows = _run(bench, file, command, progress, work, keep=keep_folders is not None)
+        (work / LOCK).unlink()
+    if keep_folders is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return rows
+
+
+def _run(bench: Bench, file: Path, command: str, progress: Progress, work: Path, *, keep: bool) -> list[Row]:
+    rows = rows_so_far(file, command)
     peers = [entry for entry in bench.entries if isinstance(entry, Peer)]
     if peers:
         (work / "losses").mkdir(parents=True, exist_ok=True)
@@ -105,13 +116,11 @@ def run_bench(
                     commit_tensors(_losses_of(work, row), losses)
                 rows += measured
             _write(file, command, rows)
-            if keep_folders is None:
+            if not keep:
                 shutil.rmtree(out, ignore_errors=True)  # nothing is there of what was refused
         progress("rows", number + 1, len(jobs))
     if peers and any((work / "losses").iterdir()):
         _write(file, command, rows, beside_peers(peers, rows, bench.chosen, lambda row: _read_losses(work, row)))
-    if keep_folders is None:
-        shutil.rmtree(work, ignore_errors=True)
     return rows
 
 
