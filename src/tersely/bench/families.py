@@ -17,12 +17,9 @@ SHRUNK = {"shrink_inputs": 0.3, "shrink_gradients": 0.4, "damping": 0.03}
 """Metrics that give way to the identity further than by default: a little less of the calibration text is learned, and
 more is left for others (docs/lab.md)."""
 
-LIGHT = {"residual": 0.5, "pivot": True, "temper": True}
-"""Of recipes/low_rank_light.toml: half of the drift of the residual stream made up for, and the logits as sure as the
-dense model's."""
-
-BEST = {**LIGHT, "shrink_inputs": 0.2, "shrink_gradients": 0.2, "damping": 0.02}
-"""Of recipes/low_rank_best.toml: and metrics that give way as above, less far."""
+BEST = {"shrink_inputs": 0.2, "shrink_gradients": 0.2, "damping": 0.02, "residual": 0.5, "pivot": True, "temper": True}
+"""Of recipes/low_rank_best.toml: the same, less far; half of the drift of the residual stream made up for, and the
+logits as sure as the dense model's."""
 
 UNTRAINED = (
     Entry("svd", "uniform", "none"),
@@ -69,7 +66,6 @@ UNTRAINED = (
     Entry("anchored_kfac", "gates", "input", {"pivot": True}),
     Entry("anchored_kfac", "consensus", "input", {"pivot": True}),
     Entry("anchored_kfac", "consensus", "input", {"pivot": True, **SHRUNK}),
-    Entry("anchored_kfac", "gates", "input", LIGHT),
     Entry("anchored_kfac", "gates", "input", BEST),
     # what the factor of the logits alone does for the strongest others
     Entry("kfac_svd", "lems", "none", {"temper": True, "pivot": True}),
