@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from families import TINY, tiny_config, tiny_model
 from tersely import calibrate
 from tersely.anatomy import Anatomy, anatomy_of
-from tersely.calibrate import ENOUGH, Blocks, Replay, StatisticsStore, Windows, read_windows, stream_list, watch_list
+from tersely.calibrate import Blocks, Replay, StatisticsStore, stream_list, watch_list
 from tersely.checkpoint import ForeignNamesError, Source, open_source
 from tersely.errors import NumericalError, RecipeError
 from tersely.kernels import Quicker
@@ -24,6 +24,7 @@ from tersely.opening import rewrite_names
 from tersely.recipe import Calibration
 from tersely.side_by_side import Part, side_by_side
 from tersely.stats import STATISTICS, AbsMax, BucketGram, Cross, Drift, Gram, Power, Stats
+from tersely.windows import ENOUGH, Windows, read_windows
 
 every_family = pytest.mark.parametrize("family", TINY)
 

@@ -695,7 +695,8 @@ def test_a_recipe_of_two_steps(tersely_, usual, model_folder, tmp_path):
     assert written["dtype"] == "float32"
     assert [step["propagate"] for step in written["step"]] == ["block", "block"]
     assert written["step"][0]["damping"] == 1e-4
-    assert written["calibration"] | {"source": []} == {"source": [], "samples": 4, "length": 16, "order": "random"}
+    said = {"samples": 4, "length": 16, "order": "random", "own_text": 0.0}
+    assert written["calibration"] | {"source": []} == {"source": [], **said}
     status, _, err = tersely_("compress", model_folder(), again, "--recipe", out / "recipe.toml")
     assert status == 0, err
     for name in (WEIGHTS, "config.json", "plan.json", "recipe.toml"):

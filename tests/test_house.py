@@ -26,6 +26,7 @@ LAYERS = (
     {"settings", "destination"},
     {"hf", "recipe"},
     {"text", "journal"},
+    {"windows"},
     {"kernels"},
     {"linalg"},
     {"kinds", "stats"},

@@ -16,13 +16,13 @@ from tersely.anatomy import anatomy_of
 from tersely.bench import PEERS, Bench, Entry, Peer, check_bench, dequantized, markdown, peers_in, run_bench
 from tersely.bench import peers as module
 from tersely.bench.entry import GROUPS, Setting
-from tersely.calibrate import read_windows
 from tersely.checkpoint import open_source, read_tokenizer
 from tersely.cli import main
 from tersely.errors import RecipeError
 from tersely.evaluation import folder_bytes
 from tersely.pipeline import quiet
 from tersely.recipe import Calibration
+from tersely.windows import read_windows
 
 SCRIPTS = Path(__file__).parents[1] / "bench" / "peers"
 

@@ -78,6 +78,7 @@ recipes = st.builds(
         samples=st.integers(1, 10**6),
         length=st.none() | st.integers(2, 10**6),
         order=st.sampled_from(["random", "first"]),
+        own_text=st.floats(0, 1, exclude_max=True),
     ),
     evaluation=st.builds(
         Evaluation,
@@ -164,7 +165,7 @@ OTHER = {
         "trust_remote_code": True,
         "shard_size": "1GB",
     },
-    Calibration: {"source": ["wikitext"], "samples": 64, "length": 256, "order": "first"},
+    Calibration: {"source": ["wikitext"], "samples": 64, "length": 256, "order": "first", "own_text": 0.25},
     Evaluation: {"text": ["wikitext"], "length": 256, "windows": 3},
     MethodStep: {
         "method": "asvd",

@@ -19,7 +19,6 @@ from torch import Tensor
 from tersely import own_text, temper
 from tersely.allocate import Learned, Measured
 from tersely.anatomy import Anatomy, Site, anatomy_of
-from tersely.calibrate import Windows, read_windows
 from tersely.checkpoint import (
     ForeignNamesError,
     Source,
@@ -52,6 +51,7 @@ from tersely.tables import build, build_allocator, settled
 from tersely.targets import Target
 from tersely.text import read_text, window_length
 from tersely.train.data import hold_out
+from tersely.windows import Windows, read_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,11 +25,11 @@ import torch
 from tersely import own_text
 from tersely.anatomy import anatomy_of, needs_first_token
 from tersely.bench.entry import Group, Setting
-from tersely.calibrate import read_windows
 from tersely.checkpoint import Source, carried_files, locate, open_source, read_tokenizer
 from tersely.errors import RecipeError, TerselyError
 from tersely.journal import commit_tensors, commit_text
 from tersely.report.naming import PEER
+from tersely.windows import read_windows
 
 PATIENCE = 3600.0
 """Seconds after which a package is stopped."""

@@ -28,7 +28,6 @@ from tersely.anatomy import needs_first_token
 from tersely.bench.beside import Losses, beside_peers
 from tersely.bench.entry import Entry, Setting, trains
 from tersely.bench.peers import Dequantized, Peer, dequantized
-from tersely.calibrate import read_windows
 from tersely.checkpoint import locate, read_config, read_tokenizer
 from tersely.destination import check_file, check_folder
 from tersely.errors import AnatomyError, NumericalError, RecipeError, TerselyError
@@ -39,6 +38,7 @@ from tersely.pipeline import Result, load, run, versions
 from tersely.prepare import examine, prepare
 from tersely.recipe import Calibration
 from tersely.text import read_text
+from tersely.windows import read_windows
 
 Row = dict[str, Any]
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tersely.anatomy import anatomy_of
-from tersely.calibrate import read_windows
 from tersely.checkpoint import ForeignNamesError, locate, open_source, read_tokenizer
 from tersely.diagnose import joma, outliers, spectra
 from tersely.diagnose.base import Row, Subject
 from tersely.errors import RecipeError, unknown
 from tersely.opening import rewrite_names
 from tersely.recipe import Calibration
+from tersely.windows import read_windows
 
 
 @dataclass(frozen=True)
