@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tersely.cli import main
 from tersely.errors import AnatomyError, CheckpointError, NumericalError, RecipeError
 from tersely.evaluation import cut, measure_perplexity, paired, paired_over, peak_within, window_losses
 from tersely.evaluation.paired import NORMAL_QUANTILE
+from tersely.journal import locked
 from tersely.pipeline import load, quiet
 from tersely.recipe import Calibration, read_recipe, recipe_from
 from tersely.tables import build, settled
@@ -99,20 +99,11 @@ def test_statistics_outlive_a_stop_and_leave_with_the_last_row(bench, tmp_path, 
 
 
 def test_two_benches_on_one_file_do_not_lose_rows_of_each_other(bench, tmp_path):
-    file = tmp_path / "rows.json"
-    held = (
-        "import fcntl, pathlib, sys, time; place = pathlib.Path(sys.argv[1]); place.parent.mkdir(); "
-        "file = place.open('ab'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
-    )
-    lock = tmp_path / "rows.work" / "lock"
-    with subprocess.Popen([sys.executable, "-c", held, lock], stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout is not None and other.stdout.readline() == "held\n"
-            with pytest.raises(RecipeError, match="a bench is at work on it"):
-                run_bench(bench(keeps=[0.5]), file, "command", quiet)
-            assert not file.exists()
-        finally:
-            other.kill()
+    file, lock = tmp_path / "rows.json", tmp_path / "rows.work" / "lock"
+    with locked(lock, AssertionError("nobody else is here")):
+        with pytest.raises(RecipeError, match="a bench is at work on it"):
+            run_bench(bench(keeps=[0.5]), file, "command", quiet)
+        assert not file.exists()
     assert len(run_bench(bench(keeps=[0.5]), file, "command", quiet)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
 
