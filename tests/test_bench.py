@@ -211,7 +211,8 @@ def test_the_command_writes_rows_and_a_table(bench, tmp_path, monkeypatch, text_
 def _as_run(entry: Entry) -> list[tuple[object, ...]]:
     """The steps of an entry with every default in its place."""
     first, *more = settled(entry.recipe(Setting("somewhere", Calibration()), 0.7)).step
-    return [(build(first), first.allocate, first.propagate, first.refine, first.temper), *((step,) for step in more)]
+    said = first.name, build(first), first.allocate, first.propagate, first.refine, first.temper
+    return [said, *((step,) for step in more)]
 
 
 @pytest.mark.parametrize("name", ["low_rank_best", "low_rank_best_trained"])

@@ -21,7 +21,7 @@ BEST = {"shrink_inputs": 0.2, "shrink_gradients": 0.2, "damping": 0.02, "residua
 """Of recipes/low_rank_best.toml: the same, less far; half of the drift of the residual stream made up for, and the
 logits as sure as the dense model's."""
 
-BEST_TRAINED = {"pivot": True, **SHRUNK, "refine": {"samples": 512, "epochs": 2}}
+BEST_TRAINED = {"pivot": True, **SHRUNK, "refine": REFINE | {"epochs": 2}}
 TAUGHT = {"train": ["logits"], "relax": "full", "tokens": 820_000, "rate": 2e-3, "patience": 3}
 """Of recipes/low_rank_best_trained.toml, which names texts to learn; here it has what the others have."""
 
