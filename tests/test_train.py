@@ -17,7 +17,7 @@ from tersely.errors import AnatomyError, CheckpointError, NumericalError, Recipe
 from tersely.journal import Journal
 from tersely.kinds import LowRankLinear, Made
 from tersely.stats import Stats
-from tersely.train import OBJECTIVES, RELAXATIONS, Relaxed, Training, harden, loop, relax_sites, train
+from tersely.train import OBJECTIVES, RELAXATIONS, Relaxed, Training, harden, loop, objectives, relax_sites, train
 from tersely.train.data import Batches, hold_out
 from tersely.train.objectives import Logits, Tokens
 from tersely.train.relax.adapter import Adapter
@@ -472,6 +472,20 @@ def test_a_divergence_is_positive_and_ignores_what_is_impossible(objective):
 def test_gradients_are_those_of_finite_differences(objective):
     teacher = logits(2)
     assert torch.autograd.gradcheck(lambda student: loss_of(objective, student, teacher), logits(1).requires_grad_())
+
+
+@every_divergence
+@pytest.mark.parametrize("at_once", [1, 3, 4], ids="{} positions at once".format)
+def test_how_many_positions_are_compared_at_once_changes_nothing(objective, at_once, monkeypatch):
+    def found() -> tuple[Tensor, Tensor]:
+        student = logits(1).requires_grad_()
+        loss = loss_of(objective, student, logits(2))
+        (3 * loss).backward()
+        return loss, student.grad
+
+    whole = found()
+    monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", 11 * at_once)
+    torch.testing.assert_close(found(), whole, rtol=1e-12, atol=1e-15)
 
 
 def test_the_gradient_of_the_plain_form_is_the_difference_of_the_distributions():

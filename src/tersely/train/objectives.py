@@ -20,17 +20,22 @@ forms: Ko et al., DistiLLM: Towards Streamlined Distillation for Large Language 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from tersely.errors import AnatomyError, RecipeError
 
 Divergence = Literal["forward", "reverse", "symmetric"]
+
+LOGITS_AT_ONCE = 2**22
+"""How many logits are compared at once."""
 
 _NOTHING = -1e4  # logarithm of a probability that is zero in every dtype
 
@@ -90,16 +95,20 @@ class Logits:
                 f"the student gives logits of shape {tuple(student.logits.shape)}, the teacher "
                 f"{tuple(teacher.logits.shape)}; both must know the same tokens"
             )
-        wanted, given = _possible(self._distribution(teacher.logits), self._distribution(student.logits))
+        rows = student.logits.flatten(0, -2), teacher.logits.flatten(0, -2)
+        return self.temperature**2 * _InParts.apply(self._of, *rows).mean()
+
+    def _of(self, student: Tensor, teacher: Tensor) -> Float[Tensor, "*positions"]:
+        """The divergence at every position, from logits, without the factor."""
+        wanted, given = _possible(self._distribution(teacher), self._distribution(student))
         match self.divergence:
             case "forward":
-                divergence = _divergence(wanted, self._mixed(given, wanted))
+                return _divergence(wanted, self._mixed(given, wanted))
             case "reverse":
-                divergence = _divergence(given, self._mixed(wanted, given))
+                return _divergence(given, self._mixed(wanted, given))
             case "symmetric":
                 middle = self._mixed(wanted, given)
-                divergence = self.mix * _divergence(given, middle) + (1 - self.mix) * _divergence(wanted, middle)
-        return self.temperature**2 * divergence
+                return self.mix * _divergence(given, middle) + (1 - self.mix) * _divergence(wanted, middle)
 
     def _distribution(self, logits: Float[Tensor, "*positions vocabulary"]) -> Float[Tensor, "*positions vocabulary"]:
         return (_precise(logits) / self.temperature).log_softmax(-1)
@@ -128,8 +137,44 @@ def _possible(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first.masked_fill(impossible, _NOTHING), second.masked_fill(impossible, _NOTHING)
 
 
-def _divergence(first: Tensor, second: Tensor) -> Float[Tensor, ""]:
-    """Mean over positions of KL between distributions given by their logarithms; infinite where the second deems
-    impossible what the first does not."""
+def _divergence(first: Tensor, second: Tensor) -> Float[Tensor, "*positions"]:
+    """KL at every position between distributions given by their logarithms; infinite where the second deems impossible
+    what the first does not."""
     difference = (first - second).masked_fill(first == -math.inf, 0)
-    return (first.exp() * difference).sum(-1).mean()
+    return (first.exp() * difference).sum(-1)
+
+
+class _InParts(torch.autograd.Function):
+    """A value per row of logits, a few rows at once, and with it already its gradient in the first of two logits.
+
+    A dozen tensors as large as the logits come between logits and divergence.  Here they are as large as a few rows,
+    which stay in the cache, and only the gradient is kept until it is asked for.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        value_of: Callable[[Tensor, Tensor], Tensor],
+        student: Float[Tensor, "rows vocabulary"],
+        teacher: Float[Tensor, "rows vocabulary"],
+    ) -> Float[Tensor, " rows"]:
+        learns = context.needs_input_grad[1]
+        at_once = max(1, LOGITS_AT_ONCE // student.shape[-1])
+        gradient = torch.empty_like(student) if learns else student.new_empty(0)
+        values = []
+        for first in range(0, len(student), at_once):
+            part = slice(first, first + at_once)
+            with torch.set_grad_enabled(learns):
+                ours = student[part].detach().requires_grad_(learns)
+                value = value_of(ours, teacher[part])
+            if learns:
+                (gradient[part],) = torch.autograd.grad(value, ours, torch.ones_like(value))
+            values.append(value.detach())
+        context.save_for_backward(gradient)
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, upstream: Float[Tensor, " rows"]) -> tuple[None, Tensor, None]:
+        (gradient,) = context.saved_tensors
+        return None, gradient * upstream[:, None].to(gradient.dtype), None
