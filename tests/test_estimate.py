@@ -229,8 +229,15 @@ def test_plan_refuses_what_compress_refuses(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_plan_takes_a_base(capsys):
-    assert run("plan", DEMO, "--method", "delta_come") == 2
-    assert "name it as base" in capsys.readouterr().err
-    assert run("plan", DEMO, "--method", "delta_come", "--base", DEMO) == 0
-    assert "28 of 29 linears touched" in capsys.readouterr().out
+def test_plan_takes_a_base(capsys, model, tmp_path):
+    delta = ("plan", DEMO, "--method", "delta_come")
+    for base in (DEMO, "owner/base"):  # the hub is not asked
+        assert run(*delta, "--base", base) == 0
+        assert "28 of 29 linears touched" in capsys.readouterr().out
+    for arguments, wanted in (
+        ((), "name it as base"),
+        (("--base", tmp_path / "nothing"), "no such folder"),
+        (("--base", model), "their shapes differ"),
+    ):
+        assert run(*delta, *arguments) == 2
+        assert wanted in " ".join(capsys.readouterr().err.split())

@@ -194,6 +194,11 @@ def _refuse_not_finite(folder: Path, bad: Sequence[str]) -> None:
         raise CheckpointError(f"{folder}: NaN or infinite weights in {shown}; repair the checkpoint first")
 
 
+def is_here(model: str) -> bool:
+    """Whether a name can only be that of a place on this machine; the hub has none like it, or is not asked."""
+    return Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
 def locate(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a model: a local one, or the hub's, downloaded, without its weights if they are not wanted.
 
@@ -204,7 +209,7 @@ def locate(model: str, revision: str | None = None, *, weights: bool = True) -> 
         if revision is not None:
             raise RecipeError(f"--revision {revision} was given with the local folder {model}; it applies to hub names")
         return folder
-    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if is_here(model):
         raise CheckpointError(
             f"{model}: no such folder; give a folder with config.json, or a hub name such as owner/name"
         )

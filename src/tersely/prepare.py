@@ -23,6 +23,7 @@ from tersely.checkpoint import (
     ForeignNamesError,
     Source,
     carried_files,
+    is_here,
     locate,
     open_source,
     outline,
@@ -143,12 +144,16 @@ def examine(recipe: Recipe, rewritten: Path | None) -> Examined:
     targets: tuple[Target, ...] = ()
     budget = None
     first = recipe.step[0]
-    # the other checkpoint of a step is not looked at where even the model is known by headers alone
-    bases = [base_of(step, source) if rewritten is not None else None for step in recipe.step]
+    bases = [base_of(step, source) if rewritten is not None or _at_hand(step) else None for step in recipe.step]
     if isinstance(first, MethodStep | CacheStep):
         targets = targets_of(first, anatomy, source, bases[0])
         budget = budget_bytes(first, targets, source)
     return Examined(recipe, source, anatomy, objects, targets, sites, budget, disk_needed(recipe, source, targets))
+
+
+def _at_hand(step: Step) -> bool:
+    """Whether the other checkpoint of a step can be looked at without a download."""
+    return isinstance(step, MethodStep) and step.base is not None and is_here(step.base)
 
 
 def prepare(recipe: Recipe, out: Path, *, fresh: bool = False) -> Prepared:
