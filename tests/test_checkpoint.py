@@ -18,8 +18,10 @@ from conftest import CHAT_TEMPLATE, LICENCE
 from families import tiny_batch, tiny_model
 from tersely.checkpoint import locate
 from tersely.errors import AnatomyError, CheckpointError, RecipeError, TerselyError
+from tersely.export import export
 from tersely.pipeline import compress, run
 from tersely.prepare import prepare
+from tersely.push import pack
 from tersely.recipe import Calibration, MethodStep, Recipe
 from tersely.verify import CHECKSUMS, checksum, verify
 
@@ -397,6 +399,11 @@ def test_remote_code_is_not_run_unless_allowed(model_folder, copy_of, refused, s
     # who opens the result is asked again
     with pytest.raises(CheckpointError, match="own Python code"):
         tersely.load(out)
+    assert [check.passed for check in verify(out)] == [True, False, False]
+    assert all(check.passed for check in verify(out, trust_remote_code=True))
+    assert pack(out, "owner/name", trust_remote_code=True).files
+    export(out, tmp_path / "dense", "dense", trust_remote_code=True)
+    assert tersely.load(tmp_path / "dense", trust_remote_code=True).config.hidden_size
 
 
 def test_remote_code_is_refused_however_it_is_named(model_folder, copy_of, refused):

@@ -32,14 +32,14 @@ from tersely.train.peft_format import Update, write_adapter
 FORMATS = ("dense", "peft")
 
 
-def export(out: Path, destination: Path, to: str) -> None:
+def export(out: Path, destination: Path, to: str, *, trust_remote_code: bool = False) -> None:
     """Write a folder of ours in another format into a new folder."""
     if to not in FORMATS:
         raise RecipeError(unknown("format", to, FORMATS))
     check_folder(destination)
     if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{destination} exists; choose another folder or remove it")
-    source = open_any(out)
+    source = open_any(out, trust_remote_code=trust_remote_code)
     if not source.manifest:
         raise CheckpointError(f"{out} holds no compressed module; it is an ordinary model already")
     existed = destination.exists()

@@ -70,14 +70,16 @@ class Parcel:
         return f"{constants.ENDPOINT}/{self.repo}"
 
 
-def pack(folder: Path, repo: str, seen: Callable[[Check], object] = lambda check: None) -> Parcel:
+def pack(
+    folder: Path, repo: str, seen: Callable[[Check], object] = lambda check: None, *, trust_remote_code: bool = False
+) -> Parcel:
     """Look at a folder without a network; `seen` is called with every check that it passes.
 
     Raises RecipeError for a repository that could not exist, CheckpointError for a folder that tersely did not write or
     did not finish, or that is not as it was written.
     """
     check_repo(repo)
-    for check in islice(verify(folder), WHOLE_CHECKS):
+    for check in islice(verify(folder, trust_remote_code=trust_remote_code), WHOLE_CHECKS):
         if not check.passed:
             raise CheckpointError(f"{folder} is not fit to be published, {check.name}: {check.detail}")
         seen(check)

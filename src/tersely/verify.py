@@ -42,8 +42,11 @@ def checksums(folder: Path) -> dict[str, str]:
     return {p.name: checksum(p) for p in sorted(folder.iterdir()) if p.is_file() and not _unlisted(p.name)}
 
 
-def verify(folder: Path) -> Iterator[Check]:
-    """Check a folder, cheapest first.  Raises CheckpointError for one that tersely did not write or did not finish."""
+def verify(folder: Path, *, trust_remote_code: bool = False) -> Iterator[Check]:
+    """Check a folder, cheapest first.  Raises CheckpointError for one that tersely did not write or did not finish.
+
+    `trust_remote_code` accepts a folder that names its own code, as that of its model does (see `pipeline.load`).
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     if (folder / FOLDER).exists():
@@ -53,11 +56,11 @@ def verify(folder: Path) -> Iterator[Check]:
             f"{folder} has no {CHECKSUMS}; tersely did not write it, so there is nothing to verify against"
         )
     yield _check("checksums", lambda: _checksums(folder))
-    yield _check("manifest", lambda: _manifest(folder))
-    weights = _check("weights", lambda: _weights(folder))
+    yield _check("manifest", lambda: _manifest(folder, trust_remote_code))
+    weights = _check("weights", lambda: _weights(folder, trust_remote_code))
     yield weights
     if weights.passed:  # what cannot be read cannot be reopened
-        yield _check("reopens", lambda: _reopens(folder))
+        yield _check("reopens", lambda: _reopens(folder, trust_remote_code))
 
 
 def _check(name: str, run: Callable[[], str]) -> Check:
@@ -84,25 +87,25 @@ def _checksums(folder: Path) -> str:
     return f"{len(listed)} files are as they were written"
 
 
-def _manifest(folder: Path) -> str:
-    config = read_config(folder)
+def _manifest(folder: Path, trust: bool) -> str:
+    config = read_config(folder, trust_remote_code=trust)
     manifest = read_manifest(config.quantization_config) if getattr(config, "quantization_config", None) else {}
-    built = manifest_of(open_any(folder).skeleton())
+    built = manifest_of(open_any(folder, trust_remote_code=trust).skeleton())
     if built != manifest:
         differing = sorted(name for name in {*built, *manifest} if built.get(name) != manifest.get(name))
         raise CheckpointError(f"modules do not rebuild as described: {', '.join(differing[:5])}")
     return f"{len(manifest)} compressed modules, each as described"
 
 
-def _weights(folder: Path) -> str:
-    source = open_any(folder)
+def _weights(folder: Path, trust: bool) -> str:
+    source = open_any(folder, trust_remote_code=trust)
     source.check_weights()
     return f"{len(source.stored)} tensors, all finite"
 
 
-def _reopens(folder: Path) -> str:
-    read_tokenizer(folder)
-    model, report = load_with_report(folder, model_class(read_config(folder)))
+def _reopens(folder: Path, trust: bool) -> str:
+    read_tokenizer(folder, trust_remote_code=trust)
+    model, report = load_with_report(folder, model_class(read_config(folder, trust_remote_code=trust)))
     if unexpected := sorted(report["unexpected_keys"]):
         raise CheckpointError(f"transformers found unexpected weights: {', '.join(unexpected[:5])}")
     return f"opens as {type(model).__name__}"

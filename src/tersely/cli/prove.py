@@ -158,12 +158,14 @@ def _said(row: dict[str, Any]) -> list[str]:
 
 
 @app.command(rich_help_panel=PROVE)
-def verify(out: Annotated[Path, typer.Argument(help="A folder that tersely wrote.")]) -> None:
+def verify(
+    out: Annotated[Path, typer.Argument(help="A folder that tersely wrote.")], trust_remote_code: Trust = False
+) -> None:
     """Checksums, manifest, finite weights, reopening."""
     from tersely.verify import verify as checks
 
     passed = True
-    for check in checks(out):
+    for check in checks(out, trust_remote_code=trust_remote_code):
         console.print(f"{'ok' if check.passed else 'FAILED':7}{check.name}: {check.detail}")
         passed &= check.passed
     if not passed:

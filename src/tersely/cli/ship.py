@@ -72,11 +72,12 @@ def export(
     out: Annotated[Path, typer.Argument(help="A folder that tersely wrote.")],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
     to: Annotated[str, typer.Option("--to", help="dense, or peft.")],
+    trust_remote_code: Trust = False,
 ) -> None:
     """A folder as other software reads it, or a refusal that says which module has no counterpart."""
     from tersely.export import export as run
 
-    run(out, destination, to)
+    run(out, destination, to, trust_remote_code=trust_remote_code)
     console.print(f"written: {destination}")
 
 
@@ -91,6 +92,7 @@ def push(
         bool, typer.Option("--with-paths", help="Publish the names of folders of this machine that the files hold.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, send nothing.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """A verified folder to the hub, with the login of huggingface_hub; --dry-run shows what would go."""
     for flag, text in (("--branch", branch), ("--message", message)):
@@ -100,7 +102,12 @@ def push(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
     from tersely.push import address, pack, send
 
-    parcel = pack(out, repo, lambda check: _tell(f"ok     {check.name}: {check.detail}"))
+    parcel = pack(
+        out,
+        repo,
+        lambda check: _tell(f"ok     {check.name}: {check.detail}"),
+        trust_remote_code=trust_remote_code,
+    )
     _tell_of(parcel, branch, private=private)
     if dry_run:
         _tell("nothing was sent")

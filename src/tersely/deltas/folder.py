@@ -168,21 +168,21 @@ def open_delta(folder: Path) -> Source:
     return DeltaSource(folder, config, base, _loans(base, manifest))
 
 
-def open_any(folder: Path, *, dtype: str | None = None) -> Source:
+def open_any(folder: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> Source:
     """A model folder under the names of its modules: an ordinary one, a delta, or one stored under other names."""
-    if base_record(read_config(folder)) is not None:
+    if base_record(read_config(folder, trust_remote_code=trust_remote_code)) is not None:
         return open_delta(folder)
     try:
-        return open_source(folder, dtype=dtype)
+        return open_source(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     except ForeignNamesError:
-        return LoadedSource(folder, dtype=dtype)
+        return LoadedSource(folder, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 class LoadedSource(Source):
     """A model that transformers has to load before its tensors have the names of the modules; all in memory."""
 
-    def __init__(self, folder: Path, *, dtype: str | None = None) -> None:
-        config = read_config(folder)
+    def __init__(self, folder: Path, *, dtype: str | None = None, trust_remote_code: bool = False) -> None:
+        config = read_config(folder, trust_remote_code=trust_remote_code)
         with torch.device("cpu"):  # whatever else is being built at the moment, on the meta device
             model, _ = load_with_report(folder, model_class(config), config=config)
         self._state = {
