@@ -3,25 +3,38 @@ given shape, and the identities of the JoMA theory."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tersely.anatomy import Site
+import tersely
+from tersely.anatomy import Site, anatomy_of
+from tersely.checkpoint import open_source, read_tokenizer
 from tersely.diagnose import DIAGNOSES, Row, diagnose, joma, tables
-from tersely.diagnose.base import Seen
+from tersely.diagnose.base import Seen, Subject
 from tersely.diagnose.joma import HeadSums
 from tersely.diagnose.outliers import SPIKE, Moments, Tokens, spikes
+from tersely.diagnose.redundancy import angle
+from tersely.diagnose.sensitivity import Foretold
 from tersely.diagnose.spectra import spectrum
-from tersely.errors import CheckpointError, NumericalError, RecipeError
+from tersely.errors import AnatomyError, CheckpointError, NumericalError, RecipeError
+from tersely.journal import Journal
 from tersely.linalg.truncation import output_basis
-from tersely.stats import Stats
+from tersely.methods import METHODS
+from tersely.recipe import Calibration
+from tersely.sensitivity import Laboratory
+from tersely.stats import Gram, Stats
+from tersely.targets import SiteTarget
+from tersely.windows import read_windows
 
+DEMO = Path(tersely.__file__).parent / "assets" / "demo"
 quick = settings(max_examples=60, deadline=None, database=None)
 
 
@@ -292,6 +305,41 @@ def test_correlation():
     assert joma.normalised_correlation(x, torch.ones_like(x)) == 0.0
 
 
+# --- redundancy -------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(seed=st.integers(0, 99), width=st.integers(1, 8))
+def test_an_angle_is_a_metric(seed, width):
+    a, b, c = (normal(20, width, seed=3 * seed + k) for k in range(3))
+    assert ((angle(a, b) >= 0) & (angle(a, b) <= 1)).all()
+    assert torch.equal(angle(a, b), angle(b, a))
+    assert (angle(a, c) <= angle(a, b) + angle(b, c) + 1e-7).all()  # which the arc cosine is good to
+    assert angle(a, 3 * a).max() < 1e-7
+    torch.testing.assert_close(angle(a, -a), torch.ones(20, dtype=torch.float64), rtol=0, atol=1e-7)
+    torch.testing.assert_close(angle(a, -b), 1 - angle(a, b), rtol=0, atol=1e-7)
+
+
+# --- sensitivity ------------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(out=st.integers(1, 6), width=st.integers(1, 6), length=st.integers(2, 20), seed=st.integers(0, 99))
+def test_what_is_foretold_is_the_second_order_of_every_token(out, width, length, seed):
+    weight, made = normal(out, width, seed=seed), torch.nn.Linear(width, out, bias=False).double()
+    x = normal(3, length, width, seed=seed + 100)
+    g = torch.nn.functional.normalize(normal(3, length, out, seed=seed + 200), dim=-1)  # none is loud or quiet
+    with torch.no_grad():
+        one = Foretold(made)
+        for part in (slice(0, 1), slice(1, 3)):
+            one.add(weight, x[part], g[part])
+        kept = slice(length // 8, length - max(1, length // 8))
+        e = made(x[:, kept]) - x[:, kept] @ weight.T
+    rise, error = (row["value"] for row in one.rows("a", "b"))
+    assert rise == pytest.approx(0.5 * (g[:, kept] * e).sum(-1).square().mean().item(), rel=1e-5, abs=1e-12)
+    assert error == pytest.approx((e.square().sum() / (x[:, kept] @ weight.T).square().sum()).item(), rel=1e-5)
+
+
 # --- models -----------------------------------------------------------------------------------------------------------
 
 families = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3", "mixtral", "bert"])
@@ -300,7 +348,7 @@ families = pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi3",
 @families
 def test_every_diagnosis_of_a_model_is_plain_and_complete(family, model_folder, text_file):
     found = diagnose(str(model_folder(family)), texts=[str(text_file)], samples=4, length=16)
-    assert set(found) == set(DIAGNOSES)
+    assert set(found) == {name for name in DIAGNOSES if family != "bert" or name != "sensitivity"}  # predicts nothing
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     for rows in found.values():
         assert rows and all(list(row) == ["name", "measure", "value", "unit"] for row in rows)
@@ -342,6 +390,79 @@ def test_attention_of_a_model_is_its_own(model_folder, text_file):
     assert layers[1][2].entropy == pytest.approx(entropy.item(), rel=1e-6)
     assert layers[1][2].sink == pytest.approx(attention[..., 0].mean().item(), rel=1e-6)
     assert layers[0][0].uniform == pytest.approx(sum(math.log(t) for t in range(2, 13)) / 11)
+
+
+def test_a_block_that_does_nothing_is_the_first_that_could_go(model_folder, copy_of, text_file):
+    def silence(state):
+        for name in state:
+            if name.startswith("model.layers.1.") and name.endswith(("o_proj.weight", "down_proj.weight")):
+                state[name].zero_()
+
+    rows = diagnose(damaged(copy_of(model_folder()), silence), ["redundancy"], [str(text_file)], samples=4, length=16)
+    rows = rows["redundancy"]
+    assert value(rows, "model.layers.1", "influence") == pytest.approx(0, abs=1e-12)
+    assert value(rows, "model.layers.1", "growth") == pytest.approx(1)
+    assert value(rows, "model.layers.0", "influence") > 1e-4
+    assert value(rows, "1 in a row", "from block") == 1
+    assert value(rows, "1 in a row", "least distance") == pytest.approx(0, abs=1e-7)
+
+
+def test_the_influence_of_a_block_is_what_the_model_itself_says(model_folder, text_file):
+    folder = model_folder()
+    rows = diagnose(str(folder), ["redundancy"], [str(text_file)], samples=5, length=16)["redundancy"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    asked = Calibration(source=[str(text_file)], samples=5, length=16)
+    tokens = read_windows(asked, AutoTokenizer.from_pretrained(folder), model.config, 0, None).tokens
+    with torch.no_grad():
+        before, after = (state.double() for state in model(tokens, output_hidden_states=True).hidden_states[:2])
+    cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1).mean().item()
+    assert value(rows, "model.layers.0", "influence") == pytest.approx(1 - cosine, rel=1e-6)
+    growth = (after.norm(dim=-1) / before.norm(dim=-1)).mean().item()
+    assert value(rows, "model.layers.0", "growth") == pytest.approx(growth, rel=1e-6)
+
+
+def test_sensitivity_does_not_depend_on_how_a_function_is_written_down(model_folder, copy_of, text_file):
+
+    def gain(state):
+        state["model.layers.1.mlp.up_proj.weight"] /= 8
+        state["model.layers.1.mlp.down_proj.weight"] *= 8
+
+    asked = {"what": ["sensitivity"], "texts": [str(text_file)], "samples": 4, "length": 16}
+    plain = diagnose(str(model_folder()), **asked)["sensitivity"]
+    louder = diagnose(damaged(copy_of(model_folder()), gain), **asked)["sensitivity"]
+    for name in ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"):
+        for measure in ("rise at half size", "error at half size", "rise at 4 bits", "error at 4 bits"):
+            assert value(louder, name, measure) == pytest.approx(value(plain, name, measure), rel=1e-3)
+    assert all(row["value"] > 0 for row in plain if row["measure"].startswith(("rise", "error")))
+
+
+def test_sensitivity_orders_linears_as_measured_losses_do(tmp_path):
+    """Of the bundled model, each linear cut alone; the output errors that every method goes by do far worse."""
+    asked = Calibration(source=["stdlib:train[:200000]"], samples=16, length=128)
+    rows = diagnose(str(DEMO), ["sensitivity"], asked.source, samples=16, length=128)["sensitivity"]
+    source = open_source(DEMO)
+    anatomy = anatomy_of(source.skeleton())
+    windows = read_windows(asked, read_tokenizer(DEMO), source.config, 0, None).tokens
+    laboratory = Laboratory(source, anatomy, windows, "cpu", Journal(tmp_path, 64 * "0"), None, "kl")
+    subject = Subject(source, anatomy, windows, "cpu")
+    measured = {}
+    for seen in subject.blocks([Gram]):
+        for site in seen.sites:
+            rank = site.out_features * site.in_features // (2 * (site.out_features + site.in_features))
+            target = SiteTarget(site, METHODS["svd_llm"]())
+            (option,) = [one for one in target.sizes(4) if one.amount == rank]
+            (measured[site.name],) = laboratory.harm(len(measured), target, seen.inputs, [option]).values()
+    order = {
+        measure: spearmanr([value(rows, name, measure) for name in measured], list(measured.values())).statistic
+        for measure in ("rise at half size", "error at half size")
+    }
+    assert order["rise at half size"] > 0.95
+    assert order["rise at half size"] > order["error at half size"] + 0.1
+
+
+def test_sensitivity_is_refused_where_no_token_is_predicted(model_folder, text_file):
+    with pytest.raises(AnatomyError, match="predicts no next token"):
+        diagnose(str(model_folder("bert")), ["sensitivity"], [str(text_file)], samples=4, length=16)
 
 
 def damaged(folder, change) -> str:

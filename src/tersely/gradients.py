@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -44,6 +45,10 @@ CLIP = (0.1, 10.0)
 """Least and largest norm of a token's gradient, as multiples of the mean norm in its window."""
 
 Progress = Callable[[str, int, int], None]
+
+Shown = Callable[[str, Tensor, Tensor, bool], None]
+"""Told of every use of a linear: its name, what it read ``[windows, length, in]``, the gradient in its output
+``[windows, length, out]``, and whether this is the last use in this batch."""
 
 
 class GradientStatistics:
@@ -102,17 +107,35 @@ def gather(
     Raises AnatomyError for a model that predicts no next token, and for a site that no gradient reaches; NumericalError
     where the loss or a gradient is not finite.
     """
-    model = whole_model(source, device)
-    _require_causal(model, windows[:1].to(device))
     stats = {site.name: Stats({kind: kind(_width(kind, site), device) for kind in kinds}) for site in sites}
+    so_far: dict[str, list[Tensor]] = {}
+
+    def show(name: str, x: Tensor, gradient: Tensor, last: bool) -> None:
+        so_far[name] = _show(stats[name], x, gradient, so_far.pop(name, []), last=last)
+
+    go_back(whole_model(source, device), anatomy, list(stats), windows, show, progress)
+    return stats
+
+
+def go_back(
+    model: Any,
+    anatomy: Anatomy,
+    names: Sequence[str],
+    windows: Tensor,
+    show: Shown,
+    progress: Progress | None = None,
+) -> None:
+    """Take `windows` ``[samples, length]`` of token numbers forward and backward through a `whole_model`, and show what
+    every linear of these names read and what its output does to the loss.  Raises as `gather` does."""
+    device = model.device
+    _require_causal(model, windows[:1].to(device))
     batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
     if progress is not None:
         progress("gradients of batches", 0, len(batches))
     for number, rows in enumerate(batches):
-        _add(model, anatomy, stats, rows.to(device), number)
+        _go_back(model, anatomy, names, rows.to(device), number, show)
         if progress is not None:
             progress("gradients of batches", number + 1, len(batches))
-    return stats
 
 
 def _width(kind: type[Statistic], site: Site) -> int:
@@ -120,11 +143,10 @@ def _width(kind: type[Statistic], site: Site) -> int:
     return {"output": site.out_features, "weight": site.in_features, "flat": whole}[keyed_by(kind)]
 
 
-def _add(model: Any, anatomy: Anatomy, stats: dict[str, Stats], rows: Tensor, number: int) -> None:
+def _go_back(model: Any, anatomy: Anatomy, names: Sequence[str], rows: Tensor, number: int, show: Shown) -> None:
     """One batch of windows, forward and backward."""
     reached: set[str] = set()
     to_come: Counter[str] = Counter()  # outputs of a linear whose gradients are still to come
-    so_far: dict[str, list[Tensor]] = {}
 
     def feel(name: str, x: Tensor, gradient: Tensor) -> None:
         if not torch.isfinite(gradient).all():
@@ -136,7 +158,7 @@ def _add(model: Any, anatomy: Anatomy, stats: dict[str, Stats], rows: Tensor, nu
         of_windows = gradient.reshape(len(rows), -1, gradient.shape[-1])
         to_come[name] -= 1
         x = x.reshape(len(rows), -1, x.shape[-1])
-        so_far[name] = _show(stats[name], x, of_windows, so_far.pop(name, []), last=not to_come[name])
+        show(name, x, of_windows, not to_come[name])
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], out: Tensor) -> None:
@@ -152,7 +174,7 @@ def _add(model: Any, anatomy: Anatomy, stats: dict[str, Stats], rows: Tensor, nu
     hooks = [model.get_submodule(anatomy.embeddings[0]).register_forward_hook(begin)]
     try:
         with torch.enable_grad():
-            hooks += [model.get_submodule(name).register_forward_hook(watch(name)) for name in stats]
+            hooks += [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
             loss = _loss(model(rows, use_cache=False).logits, rows)
             if not torch.isfinite(loss):
                 raise NumericalError(
@@ -162,7 +184,7 @@ def _add(model: Any, anatomy: Anatomy, stats: dict[str, Stats], rows: Tensor, nu
     finally:
         for hook in hooks:
             hook.remove()
-    missed = [name for name in stats if name not in reached]
+    missed = [name for name in names if name not in reached]
     if missed:
         raise AnatomyError(f"no gradient of the loss reaches {missed[0]}: what stands there has no backward pass")
 
@@ -183,7 +205,7 @@ def _show(stats: Stats, x: Tensor, gradient: Tensor, so_far: list[Tensor], *, la
     in_weight = [kind for kind in stats.kinds() if keyed_by(kind) != "output"]
     for kind in stats.kinds():
         if keyed_by(kind) == "output":
-            stats[kind].update(_within_reason(gradient).flatten(0, 1))
+            stats[kind].update(clipped(gradient).flatten(0, 1))
     kept: list[Tensor] = []
     for number, (read, felt) in enumerate(zip(x, gradient, strict=True)) if in_weight else ():
         of_window = felt.T @ read
@@ -200,11 +222,16 @@ def _show(stats: Stats, x: Tensor, gradient: Tensor, so_far: list[Tensor], *, la
     return kept
 
 
-def _within_reason(gradient: Tensor) -> Tensor:
-    """Gradients in outputs without the margins of their windows, clipped; see the head of this file."""
-    length = gradient.shape[1]
+def within_margins(tokens: Float[Tensor, "windows length width"]) -> Float[Tensor, "windows kept width"]:
+    """Without the first and last eighth of every window."""
+    length = tokens.shape[1]
     # the very last output moves no loss at all
-    kept = gradient[:, length // MARGIN : length - max(1, length // MARGIN)]
+    return tokens[:, length // MARGIN : length - max(1, length // MARGIN)]
+
+
+def clipped(gradient: Float[Tensor, "windows length width"]) -> Float[Tensor, "windows kept width"]:
+    """Gradients in outputs within the margins of their windows, clipped; see the head of this file."""
+    kept = within_margins(gradient)
     norm = kept.norm(dim=-1, keepdim=True)
     mean = norm.mean(dim=1, keepdim=True)
     wanted = torch.minimum(torch.maximum(norm, CLIP[0] * mean), CLIP[1] * mean)

@@ -100,7 +100,9 @@ def plan(
 @app.command(rich_help_panel=LOOK)
 def diagnose(
     model: Model,
-    what: Annotated[list[str] | None, typer.Option(help="Which diagnoses; default: all.", metavar="NAME…")] = None,
+    what: Annotated[
+        list[str] | None, typer.Option(help="Which diagnoses; default: all that the model allows.", metavar="NAME…")
+    ] = None,
     text: Text = None,
     samples: Samples = None,
     length: Length = None,
@@ -110,22 +112,21 @@ def diagnose(
     threads: Threads = None,
     revision: Revision = None,
 ) -> None:
-    """Spectra, outliers, attention dynamics: what a model is like before anything is done to it."""
+    """Spectra, outliers, sensitivity, redundancy, attention dynamics: what a model is like, before anything is done."""
     from tersely.diagnose import DIAGNOSES, tables
     from tersely.diagnose import diagnose as run
     from tersely.journal import commit_text
     from tersely.report.console import plain_table
 
     use_threads(threads)
-    asked = what or list(DIAGNOSES)
-    for name in asked:
+    for name in what or ():
         if name not in DIAGNOSES:
             raise RecipeError(unknown("diagnosis", name, DIAGNOSES))
     if json_file is not None:
         check_file(json_file, "--json")
     found = run(
         model,
-        asked,
+        what,
         text or ["stdlib"],
         samples=32 if samples is None else samples,
         length=length,

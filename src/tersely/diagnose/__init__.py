@@ -1,4 +1,4 @@
-"""Looking at a model without changing it: spectra, outliers, attention.
+"""Looking at a model without changing it: spectra, outliers, redundancy, sensitivity, attention.
 
 Every diagnosis takes a `Subject` (a model folder with windows of text) and returns rows of plain values; see
 `tersely.diagnose.base.Row`.
@@ -8,10 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tersely.anatomy import anatomy_of
 from tersely.checkpoint import ForeignNamesError, locate, open_source, read_tokenizer
-from tersely.diagnose import joma, outliers, spectra
+from tersely.diagnose import joma, outliers, redundancy, sensitivity, spectra
 from tersely.diagnose.base import Row, Subject
 from tersely.errors import RecipeError, unknown
 from tersely.opening import rewrite_names
@@ -24,6 +25,8 @@ class Diagnosis:
     look: Callable[[Subject], list[Row]]
     summary: str
     paper: str
+    predicts: bool = False
+    """Whether the model has to predict the next token; of one that does not, it is asked for by name or not at all."""
 
 
 DIAGNOSES: dict[str, Diagnosis] = {
@@ -37,6 +40,19 @@ DIAGNOSES: dict[str, Diagnosis] = {
         "channels, tokens and projections with far larger numbers than the others",
         "Sun et al., 2024, Massive Activations in Large Language Models (arXiv 2402.17762)",
     ),
+    "redundancy": Diagnosis(
+        redundancy.look,
+        "how little every block changes what it is given, and which blocks in a row change it least",
+        "Men et al., 2024, ShortGPT: Layers in Large Language Models are More Redundant Than You Expect "
+        "(arXiv 2403.03853)",
+    ),
+    "sensitivity": Diagnosis(
+        sensitivity.look,
+        "what the loss would rise by if one linear alone were made smaller, foretold from one backward pass",
+        "Martens and Grosse, 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature "
+        "(arXiv 1503.05671)",
+        predicts=True,
+    ),
     "spectra": Diagnosis(
         spectra.look,
         "stable and effective ranks of every weight, alone and as its inputs see it",
@@ -47,7 +63,7 @@ DIAGNOSES: dict[str, Diagnosis] = {
 
 def diagnose(
     model: str,
-    what: Sequence[str] = tuple(DIAGNOSES),
+    what: Sequence[str] | None = None,
     texts: Sequence[str] = ("stdlib",),
     *,
     samples: int = 32,
@@ -59,15 +75,15 @@ def diagnose(
 ) -> dict[str, list[Row]]:
     """Look at a model: name of the diagnosis → its rows.
 
-    `model` is a folder or a hub name, `texts` are sources as `tersely.text.read_text` takes them, `samples` windows of
-    `length` tokens are drawn by the seed.  Spectra and outliers hold one block in memory at a time, `joma` the whole
-    model.
+    `what` names diagnoses; by default all that the model allows.  `model` is a folder or a hub name, `texts` are
+    sources as `tersely.text.read_text` takes them, `samples` windows of `length` tokens are drawn by the seed.
+    `joma` and `sensitivity` hold the whole model in memory, the others one block at a time.
 
     Raises RecipeError for an unknown diagnosis or a text that cannot be used, NumericalError for numbers that are not
     finite, CheckpointError for weights that are not, CheckpointError and AnatomyError for a folder that cannot be
     opened.
     """
-    for name in what:
+    for name in what or ():
         if name not in DIAGNOSES:
             raise RecipeError(unknown("diagnosis", name, DIAGNOSES))
     folder = locate(model, revision)
@@ -77,7 +93,8 @@ def diagnose(
         except ForeignNamesError:
             rewrite_names(folder, Path(renamed))
             source = open_source(Path(renamed), dtype=dtype)
-        anatomy = anatomy_of(source.skeleton())
+        skeleton: Any = source.skeleton()
+        anatomy = anatomy_of(skeleton)
         inside = tuple(f"{block}." for block in anatomy.blocks)
         for name in source.stored:
             if not name.startswith(inside):  # blocks are checked as they are read; the last norm is read by no one
@@ -89,7 +106,8 @@ def diagnose(
         asked = Calibration(source=list(texts), samples=samples, length=length)
         windows = read_windows(asked, tokenizer, source.config, seed, first_token)
         subject = Subject(source, anatomy, windows.tokens, device)
-        return {name: DIAGNOSES[name].look(subject) for name in what}
+        chosen = what or [name for name, one in DIAGNOSES.items() if skeleton.can_generate() or not one.predicts]
+        return {name: DIAGNOSES[name].look(subject) for name in chosen}
 
 
 @dataclass(frozen=True)
