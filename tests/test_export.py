@@ -1,4 +1,4 @@
-"""Folders of ours as others read them: dense and as an adapter, exact or refused; and an adapter merged again."""
+"""Folders of ours as others read them: dense, packed, as an adapter, exact or refused; and an adapter merged again."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CompressedTensorsConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 import tersely
 from families import tiny_batch
@@ -33,6 +34,20 @@ ADAPTER |= {"tokens": 128, "batch": 2, "held_out": 2, "rate": 0.02}
 CASES: dict[str, list[Step]] = {
     "svd_llm": [SVD_LLM],
     "gptq": [{"method": "gptq", "width": 4, "group": 16}],
+    "zeros": [{"method": "gptq", "width": 4, "group": 4}],
+    "symmetric": [{"method": "rtn", "width": 4, "group": 4, "grid": "symmetric"}],
+    "rows": [{"method": "rtn", "width": 8, "group": 0}],
+    "bytes": [{"method": "rtn", "width": 2, "group": 4, "scale": "log8"}],
+    "two widths": [
+        {"method": "rtn", "width": 4, "group": 4, "grid": "symmetric", "target": ["mlp"]},
+        {"method": "rtn", "width": 8, "group": 0, "grid": "symmetric", "target": ["attention"]},
+    ],
+    "three bits": [{"method": "rtn", "width": 3, "group": 4}],
+    "short group": [{"method": "rtn", "width": 4, "group": 24, "target": ["mlp.up"]}],
+    "floats": [{"method": "hqq", "width": 4, "group": 4}],
+    "levels": [{"method": "nf4", "group": 4}],
+    "columns": [{"method": "sinq", "width": 4, "group": 4}],
+    "embeddings": [{"method": "rtn", "width": 4, "group": 4, "target": ["all", "embeddings"]}],
     "mixed": [{"method": "mixed", "ranks": 2, "widths": [3], "bits": 4.0}],
     "factors": [SVD_LLM, {"method": "rtn", "width": 8, "target": ["*.down"]}],
     "heads": [{"method": "stat", "target": ["mlp"], "keep": 0.5}],
@@ -185,6 +200,62 @@ def test_steps_may_follow_a_merged_adapter(made, model_folder, text_file, tmp_pa
     assert near < far / 4
 
 
+# --- packed integers --------------------------------------------------------------------------------------------------
+
+PACKED = ("zeros", "symmetric", "rows", "bytes", "two widths")
+
+
+def codes_of(words: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of every row, read bit by bit."""
+    row = words.long() & 0xFFFFFFFF
+    at = torch.arange(count * bits)
+    lone = row[:, at // 32] >> (at % 32) & 1
+    return (lone.unflatten(1, (count, bits)) << torch.arange(bits)).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_integers_stand_for_the_same_weights(name, dtype, made, tmp_path):
+    """As the head of the format says, without the package that reads it."""
+    out, packed = made(name, dtype=dtype), tmp_path / "packed"
+    assert command("export", out, packed, "--to", "compressed-tensors") == 0
+    stored, said = load_file(packed / "model.safetensors"), json.loads((packed / "config.json").read_text())
+    groups = said["quantization_config"]["config_groups"].values()
+    ours = opened(out)
+    places = outermost(manifest_of(ours))
+    assert len(places) == 14
+    for path in places:
+        (scheme,) = [g["weights"] for g in groups if path in g["targets"] or g["targets"] == ["Linear"]]
+        shape = stored[f"{path}.weight_shape"].tolist()
+        codes = codes_of(stored[f"{path}.weight_packed"], scheme["num_bits"], shape[1])
+        scale = stored[f"{path}.weight_scale"]
+        zero = torch.full_like(scale, 2 ** (scheme["num_bits"] - 1), dtype=torch.long)
+        if not scheme["symmetric"]:
+            zero = codes_of(stored[f"{path}.weight_zero_point"].T, scheme["num_bits"], shape[0]).T
+        width = scheme["group_size"] or shape[1]
+        spread = [x.repeat_interleave(width, 1) for x in (zero, scale)]
+        assert scale.dtype == dtype
+        assert torch.equal((codes - spread[0]).to(dtype) * spread[1], ours.get_submodule(path).to_dense().to(dtype))
+    assert said["quantization_config"]["ignore"] == ["lm_head"]
+    assert {"tokenizer.json", "LICENSE"} <= {path.name for path in packed.iterdir()}
+    assert not {"report.json", "recipe.toml"} & {path.name for path in packed.iterdir()}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_packed_integers_open_in_transformers_without_us(name, family, made, tmp_path):
+    """With biases (Qwen2) too.  Zero points are read only where weights are unpacked at once."""
+    pytest.importorskip("compressed_tensors")
+    out, packed = made(name, family), tmp_path / "packed"
+    assert command("export", out, packed, "--to", "compressed-tensors") == 0
+    plain = CompressedTensorsConfig(dequantize=True) if name in ("zeros", "rows", "bytes") else None
+    theirs = LlamaForCausalLM if family == "llama" else Qwen2ForCausalLM
+    model = theirs.from_pretrained(packed, **({} if plain is None else {"quantization_config": plain}))
+    assert not any(isinstance(module, Kind) for module in model.modules())
+    assert torch.equal(logits(model), logits(out))
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +278,20 @@ def test_steps_may_follow_a_merged_adapter(made, model_folder, text_file, tmp_pa
         ("kasa", "peft", r"q_proj\.weight is not that of the base"),
         ("smooth", "dense", "holds no compressed module; it is an ordinary model already"),
         ("smooth", "peft", "holds no compressed module; it is an ordinary model already"),
-        ("gptq", "gguf", "unknown format 'gguf'; known: dense, peft"),
+        ("gptq", "gguf", "unknown format 'gguf'; known: compressed-tensors, dense, peft"),
+        (
+            "svd_llm",
+            "compressed-tensors",
+            r"of kind low_rank; wanted quantized linears alone \(9 more have none\)",
+        ),
+        ("factors", "compressed-tensors", "it is of kind low_rank"),
+        ("embeddings", "compressed-tensors", r"embed_tokens .* it is of kind quantized_embedding"),
+        ("three bits", "compressed-tensors", "3 bits; wanted 2, 4, 8"),
+        ("short group", "compressed-tensors", "groups of 24 do not divide its 32 columns"),
+        ("floats", "compressed-tensors", "its zero points are floats"),
+        ("levels", "compressed-tensors", "its levels are those of the table nf4"),
+        ("columns", "compressed-tensors", "its columns have scales"),
+        ("fope", "compressed-tensors", "has no counterpart in compressed-tensors"),
         ("gptq", "dens", r"unknown format 'dens'; did you mean 'dense'\?"),
     ],
 )

@@ -420,13 +420,18 @@ def write_model(folder: Path, source: Source, edit: Edit, shard_bytes: int) -> d
     like = {name: parts[name] if name in parts else _like(source, name) for name in untied(skeleton)}
     write_shards(folder, like, lambda name: parts[name] if name in parts else source.tensor(name), shard_bytes)
     carry(source.carried_from, folder)
-    config = skeleton.config
-    config.dtype = str(source.dtype).removeprefix("torch.")
-    config.architectures = [type(skeleton).__name__]
-    if manifest:
-        config.quantization_config = manifest_config(manifest)
-    commit(folder / "config.json", lambda temporary: config.to_json_file(temporary, use_diff=True))
+    write_config(folder, skeleton, source.dtype, manifest_config(manifest) if manifest else None)
     return manifest
+
+
+def write_config(folder: Path, model: "PreTrainedModel", dtype: torch.dtype, quantized: dict[str, Any] | None) -> None:
+    """The configuration of a model as it lies in `folder`; `quantized` says how to read what is not stock."""
+    config = model.config
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    if quantized:
+        config.quantization_config = quantized
+    commit(folder / "config.json", lambda temporary: config.to_json_file(temporary, use_diff=True))
 
 
 def carry(source: Path, destination: Path) -> None:

@@ -71,7 +71,7 @@ def report(
 def export(
     out: Annotated[Path, typer.Argument(help="A folder that tersely wrote.")],
     destination: Annotated[Path, typer.Argument(help="The folder to make.")],
-    to: Annotated[str, typer.Option("--to", help="dense, or peft.")],
+    to: Annotated[str, typer.Option("--to", help="compressed-tensors, dense, or peft.")],
     trust_remote_code: Trust = False,
 ) -> None:
     """A folder as other software reads it, or a refusal that says which module has no counterpart."""

@@ -315,6 +315,11 @@ def _opening(settings: Json) -> list[str]:
         "- `tersely export FOLDER DEST --to dense`: the stock architecture at full size, for any software, or what has "
         "no counterpart there",
     ]
+    if set(_kinds(settings)) == {"quantized"}:
+        lines.append(
+            "- `tersely export FOLDER DEST --to compressed-tensors`: the same integers for vLLM, and for transformers "
+            "without tersely, or what has no counterpart there"
+        )
     if {"sum", "low_rank"} <= set(_kinds(settings)):
         lines.append("- `tersely export FOLDER DEST --to peft`: low-rank updates as an adapter over the dense model")
     return _section("How to open", lines)

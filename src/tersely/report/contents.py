@@ -421,6 +421,14 @@ def opens(run: Run) -> Table | None:
             "the stock architecture at full size, or what has no counterpart there",
         ],
     ]
+    if run.kinds and set(run.kinds) == {"quantized"}:
+        lines.append(
+            [
+                "vLLM and others, packed",
+                f"tersely export {out} DEST --to compressed-tensors",
+                "the same integers without tersely, or what has no counterpart there",
+            ]
+        )
     if run.kinds.get("sum"):
         lines.append(
             ["peft", f"tersely export {out} DEST --to peft", "the low-rank updates as an adapter over the dense model"]
