@@ -22,7 +22,7 @@ BEST = {"shrink_inputs": 0.2, "shrink_gradients": 0.2, "damping": 0.02, "residua
 logits as sure as the dense model's."""
 
 BEST_TRAINED = {"pivot": True, **SHRUNK, "refine": REFINE | {"epochs": 2}}
-TAUGHT = {"train": ["logits"], "relax": "full", "tokens": 820_000, "rate": 2e-3, "patience": 3}
+TAUGHT = {"train": ["logits"], "relax": "full", "tokens": 820_000, "patience": 8}
 """Of recipes/low_rank_best_trained.toml, which names texts to learn; here it has what the others have."""
 
 UNTRAINED = (
@@ -81,7 +81,7 @@ TRAINED = (
     Entry("svd_llm", "uniform", "none", then=(LORA | {"factors": ["up"]}, LORA | {"factors": ["down"]})),
     Entry("aa_svd", "uniform", "input", {"refine": REFINE}),
     Entry("anchored_kfac", "consensus", "input", {"pivot": True, "refine": REFINE}),
-    Entry("anchored_kfac", "consensus", "input", BEST_TRAINED, then=(TAUGHT,)),
+    Entry("anchored_kfac", "consensus", "input", BEST_TRAINED, then=(TAUGHT | {"rate": 2e-3}, TAUGHT | {"rate": 5e-4})),
 )
 
 EIGHT_BITS = (
