@@ -172,6 +172,12 @@ class Replay:
                 if advance:
                     self._hidden[i] = out.cpu()
 
+    def advance(self, block: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Run `block`, the one at `at`; what it read and what it gave, batch by batch, on the host."""
+        before = self._hidden.copy()
+        self.observe(block, {}, advance=True)
+        return list(zip(before, self._hidden, strict=True))
+
     def hidden(self, batch: int) -> Tensor:
         """What the block at `at` reads of one batch: ``[windows, length, width]``, on the host."""
         return self._hidden[batch]

@@ -169,14 +169,8 @@ class Laboratory:
         replay = Replay(self._source, self._anatomy, self._windows, self._device)
         means = []
         for index in range(len(self._anatomy.blocks)):
-            cosines: list[Tensor] = []
-
-            def note(block: nn.Module, read: tuple[Tensor, ...], out: Tensor, to: list[Tensor] = cosines) -> None:
-                to.append(cosine_similarity(read[0].double(), out.double(), dim=-1).flatten().cpu())
-
-            block = blocks.dense(index)
-            block.register_forward_hook(note)
-            replay.observe(block, {}, advance=True)
+            through = replay.advance(blocks.dense(index))
+            cosines = [cosine_similarity(read.double(), given.double(), dim=-1).flatten() for read, given in through]
             means.append(torch.cat(cosines).mean().item())
         return means
 

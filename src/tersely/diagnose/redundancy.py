@@ -39,14 +39,13 @@ def look(subject: Subject) -> list[Row]:
     """Every block, and every number of blocks in a row.  One block and two hidden states of every token at a time."""
     blocks = Blocks(subject.source, subject.anatomy, subject.device)
     replay = Replay(subject.source, subject.anatomy, subject.windows, subject.device)
-    before, rows = _stream(replay), []
-    states = [_some(before)]
+    rows: list[Row] = []
+    states: list[Tensor] = []
     for index, name in enumerate(subject.anatomy.blocks):
-        replay.observe(blocks.dense(index), {}, advance=True)
-        after = _stream(replay)
-        rows += _of_block(name, before, after)
-        states.append(_some(after))
-        before = after
+        through = replay.advance(blocks.dense(index))
+        rows += _of_block(name, through)
+        states += [_some([read for read, _ in through])] if not states else []
+        states.append(_some([given for _, given in through]))
     return rows + _of_rows(states)
 
 
@@ -55,19 +54,14 @@ def angle(first: Float[Tensor, "tokens width"], second: Float[Tensor, "tokens wi
     return cosine_similarity(first.double(), second.double(), dim=-1).clamp(-1, 1).arccos() / math.pi
 
 
-def _stream(replay: Replay) -> list[Tensor]:
-    """What the next block reads, batch by batch."""
-    return [replay.hidden(batch) for batch in range(len(replay))]
-
-
 def _some(stream: Sequence[Tensor]) -> Float[Tensor, "kept width"]:
     tokens = torch.cat([states.flatten(0, -2) for states in stream])
     return tokens[torch.linspace(0, len(tokens) - 1, min(KEPT, len(tokens))).round().long()]
 
 
-def _of_block(name: str, before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Row]:
+def _of_block(name: str, through: Sequence[tuple[Tensor, Tensor]]) -> list[Row]:
     cosines, growths = [], []
-    for read, given in zip(before, after, strict=True):
+    for read, given in through:
         cosines.append(cosine_similarity(read.double(), given.double(), dim=-1).flatten())
         growths.append((given.double().norm(dim=-1) / read.double().norm(dim=-1)).flatten())
     growth = torch.cat(growths).mean().item()

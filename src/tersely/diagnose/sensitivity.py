@@ -55,13 +55,11 @@ class Foretold:
 
     def add(
         self,
-        weight: Float[Tensor, "out in"],
-        x: Float[Tensor, "windows length in"],
-        gradient: Float[Tensor, "windows length out"],
+        read: Float[Tensor, "windows tokens in"],
+        y: Float[Tensor, "windows tokens out"],
+        felt: Float[Tensor, "windows tokens out"],
     ) -> None:
-        """What was read, and the gradient in the output, of all tokens of some windows."""
-        read, felt = within_margins(x), clipped(gradient.float())
-        y = linear(read, weight)
+        """What was read, what came of it without a bias, and the gradient there."""
         e = (self.made(read) - y).float()
         self.rise += 0.5 * torch.linalg.vecdot(felt, e).square().sum(dtype=torch.float64).item()
         self.moved += e.square().sum(dtype=torch.float64).item()
@@ -86,8 +84,10 @@ def look(subject: Subject) -> list[Row]:
     @torch.no_grad()
     def show(name: str, x: Tensor, gradient: Tensor, last: bool) -> None:
         weight = modules[name].weight.T if sites[name].transposed else modules[name].weight
+        read, felt = within_margins(x), clipped(gradient.float())
+        y = linear(read, weight)
         for one in found[name].values():
-            one.add(weight, x, gradient)
+            one.add(read, y, felt)
 
     go_back(model, subject.anatomy, list(sites), subject.windows, show)
     whole = sum(of_site[HALF].rise for of_site in found.values())

@@ -36,7 +36,7 @@ READING, READ = 180, 90
 """Bytes for each one of a text while it is cut into tokens, and of what the allocator does not hand back afterwards:
 measured on 1.4 and 6.1 MB of the standard library, 2.7 bytes a token."""
 
-LOGITS, COMPARED = 5, 8
+LOGITS, COMPARED = 5, 7
 """Tensors of float32 as large as the logits of a batch that a training step holds: with an objective that sees the
 student alone, and with one that compares it with a teacher."""
 

@@ -6,7 +6,6 @@ have none.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from tersely.checkpoint import Source
@@ -17,22 +16,12 @@ from tersely.export.compressed_tensors import write_compressed_tensors
 from tersely.export.dense import write_dense
 from tersely.export.peft import write_peft
 
-
-@dataclass(frozen=True)
-class Format:
-    write: Callable[[Source, Path], None]
-    """Into a folder that is empty or not there."""
-    summary: str
-
-
-FORMATS: dict[str, Format] = {
-    "compressed-tensors": Format(
-        write_compressed_tensors,
-        "packed integers with their scales, as vLLM and transformers read them by themselves",
-    ),
-    "dense": Format(write_dense, "the stock architecture at full size, for any software"),
-    "peft": Format(write_peft, "the low-rank updates as an adapter over the dense model"),
+FORMATS: dict[str, Callable[[Source, Path], None]] = {
+    "compressed-tensors": write_compressed_tensors,
+    "dense": write_dense,
+    "peft": write_peft,
 }
+"""Name → what writes it into a folder that is empty or not there."""
 
 
 def export(out: Path, destination: Path, to: str, *, trust_remote_code: bool = False) -> None:
@@ -51,7 +40,7 @@ def export(out: Path, destination: Path, to: str, *, trust_remote_code: bool = F
         raise CheckpointError(f"{out} holds no compressed module; it is an ordinary model already")
     existed = destination.exists()
     try:
-        FORMATS[to].write(source, destination)
+        FORMATS[to](source, destination)
     except BaseException:  # half of a model must not look like one
         shutil.rmtree(destination, ignore_errors=True)
         if existed:

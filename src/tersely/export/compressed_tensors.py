@@ -13,10 +13,10 @@ dtype of the scales, which is that of the model: the weight is ours, rounded to 
 exact in it.  Those of 16 bits are in float16 and float32, hardly ever in bfloat16.
 
 What has no counterpart: zero points in floats, tables of levels, scales of columns, rounded inputs, groups that do not
-divide a row, widths other than 2, 4 and 8 (older readers pack those otherwise, and engines have no kernels for them),
+divide a row, widths other than 2, 4 and 8 (0.15 packs those otherwise than 0.19 and later),
 linears of GPT-2 (stored the other way round), embeddings, and every other kind.
 
-Source: the package compressed-tensors, 0.15 to 0.20.
+Source: the package compressed-tensors, 0.15, 0.19 and 0.20.
 """
 
 from collections.abc import Iterator, Mapping

@@ -317,8 +317,8 @@ def _opening(settings: Json) -> list[str]:
     ]
     if set(_kinds(settings)) == {"quantized"}:
         lines.append(
-            "- `tersely export FOLDER DEST --to compressed-tensors`: the same integers for vLLM, and for transformers "
-            "without tersely, or what has no counterpart there"
+            "- `tersely export FOLDER DEST --to compressed-tensors`: the same integers for software that reads that "
+            "format, or what has no counterpart there"
         )
     if {"sum", "low_rank"} <= set(_kinds(settings)):
         lines.append("- `tersely export FOLDER DEST --to peft`: low-rank updates as an adapter over the dense model")

@@ -424,9 +424,9 @@ def opens(run: Run) -> Table | None:
     if run.kinds and set(run.kinds) == {"quantized"}:
         lines.append(
             [
-                "vLLM and others, packed",
+                "engines, packed",
                 f"tersely export {out} DEST --to compressed-tensors",
-                "the same integers without tersely, or what has no counterpart there",
+                "the same integers in the format of compressed-tensors, or what has no counterpart there",
             ]
         )
     if run.kinds.get("sum"):
